@@ -22,6 +22,7 @@ from compressor.forms import FORMS, GROUPED, SPATIAL, TRANSPOSED, DenseWeight, q
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_finite
 from compressor.lowrank.sources import said_of_source
 from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
+from compressor.lowrank.stacked import stacks_of
 from compressor.lowrank.stored_pairs import StoredPair, file_record, join, stored_name, stored_pairs
 from compressor.lowrank.tensor_format import DenseWeights, Factors, dense_aliases, dense_infos, stored_tensors
 from compressor.network import Layer, StoredAs, layer_name
@@ -130,16 +131,17 @@ def multiplied_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
             stored[name] = checkpoint.stored(copied_from)
         tensors[name] = info
     record = file_record(checkpoint)
-    source = said_of_source(checkpoint) or None
+    # How other layers are stored, and which were taken apart.
+    others = LowRankSpec({}, source=said_of_source(checkpoint) or None, stacks=stacks_of(checkpoint))
     recorded = dense_aliases(checkpoint, pairs) | text_mapping(record.get("aliases"))
     aliases = {alias: name for alias, name in recorded.items() if name in tensors and alias not in tensors}
-    without = {key: value for key, value in record.items() if key not in ("layers", "format_version")}
+    without = {**record, "layers": {}} if "layers" in record else record
     return replace(
         checkpoint,
         tensors=tensors,
         aliases=aliases,
         metadata={**checkpoint.metadata, METADATA_KEY: json.dumps(without, sort_keys=True)},
-        config=None if checkpoint.config is None else LowRankSpec({}, source=source).described(checkpoint.config),
+        config=None if checkpoint.config is None else others.described(checkpoint.config),
         _stored=stored,
     )
 

@@ -239,7 +239,7 @@ class LowRankSpec:
         if CODE_CONFIG_KEY in config:
             described.pop("auto_map", None)
             described["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
-        stored_otherwise = self.layers or self.source is not None
+        stored_otherwise = self.layers or self.stacks or self.source is not None
         return described | ({"quantization_config": self.to_config()} if stored_otherwise else {})
 
     @classmethod

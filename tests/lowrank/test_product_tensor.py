@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress, evaluate, inspect, load_model, open_checkpoint, plan, restore
 from compressor.lowrank import LowRankSpec, stored_pairs
+from tests.encodings import stored
+from tests.encodings.stored import dense_folder, store
 from tests.lowrank.architectures import ARCHITECTURES
 
 
@@ -221,6 +223,41 @@ def test_spatial_pairs_and_integers_stay_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in kept)
     x = torch.randn(2, 16, 4, 4)
     assert load_model(tmp_path / "again.safetensors", network)(x).shape == (2, 48)
+
+
+@pytest.mark.parametrize("name", [name for name, each in ARCHITECTURES.items() if each.fused is not None])
+def test_experts_that_were_taken_apart_stay_apart(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    architecture.dense().save_pretrained(tmp_path / "dense")
+    asked: dict[str, Any] = {"calibration": "none", "prefer": "size"}
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.7, **asked)
+    result = compress(tmp_path / "small", output=tmp_path / "smaller", keep=0.6, calibration="none")
+    assert result.plan.squeezed > 0
+    restore(tmp_path / "smaller", output=tmp_path / "restored")
+    assert load_file(tmp_path / "restored" / "model.safetensors").keys() == (
+        load_file(tmp_path / "dense" / "model.safetensors").keys()
+    )
+    inputs = architecture.inputs()
+    with torch.no_grad():
+        small, dense = (architecture.load(tmp_path / each)(**inputs).logits for each in ("smaller", "restored"))
+    torch.testing.assert_close(small, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_what_others_quantized_stays_beside_the_pairs(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "model", stored.llama())
+    store(tmp_path / "model", stored.float8_tensor, stored.FLOAT8)
+    made = plan(tmp_path / "model", keep=0.9, calibration="none", prefer="size", bits=16, include=["*.up_proj"])
+    ranks = replace(made, layers=tuple(replace(each, rank=24, form="plain") for each in made.layers))
+    asked: dict[str, Any] = {"calibration": "none", "include": ["*.up_proj"]}
+    compress(tmp_path / "model", output=tmp_path / "small", plan=ranks, **asked)
+    result = compress(tmp_path / "small", output=tmp_path / "smaller", keep=0.5, **asked)
+    assert result.plan.squeezed == len(result.plan.layers) == 2
+    ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in ("smaller", "small"))
+    floats = [name for name, each in theirs.items() if each.dtype.is_floating_point and each.dtype.itemsize == 1]
+    assert floats
+    assert all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in floats)
+    model = ARCHITECTURES["llama"].load(tmp_path / "smaller")
+    assert torch.isfinite(model(torch.arange(3, 9)[None]).logits).all()
 
 
 def test_inspect_reports_the_rank_that_pairs_use(file: Path) -> None:
