@@ -225,7 +225,7 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     compressed = every * state if calibration.walks else 0
     gradients = math.ceil(calibration.fit / calibration.settings.gradient_every) * state
     metrics = FLOAT32 * sum(map(partial(_moments, settings=calibration.settings), model.layers)) // 2
-    decompositions = FLOAT32 * sum(min(layer.shape) ** 2 for layer in model.layers)
+    decompositions = FLOAT32 * sum(layer.groups * min(layer.block_shape) ** 2 for layer in model.layers)
     boundaries = FLOAT32 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks) // 2
     of_layers = metrics + decompositions + boundaries
     sums = 0 if calibration.slices is None else calibration.slices.kept * metrics * FLOAT64 // FLOAT32
@@ -310,9 +310,10 @@ def _moments(layer: Layer, settings: CalibrationSettings) -> int:
     Those of an embedding's inputs are a vector, and those of the gradients at a head of many classes: a layer of many
     more outputs than inputs, as far as is known here.
     """
-    outputs, inputs = layer.shape
+    outputs, inputs = layer.block_shape
     head = outputs > max(settings.most_classes, 6 * inputs)
-    return (outputs if head else outputs**2) + (inputs if layer.kind == "embedding" else inputs**2)
+    of_group = (outputs if head else outputs**2) + (inputs if layer.kind == "embedding" else inputs**2)
+    return layer.groups * of_group
 
 
 @dataclass(frozen=True)

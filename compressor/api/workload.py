@@ -32,11 +32,10 @@ from compressor.data import Batch, EvaluationData
 from compressor.engine import InProcess, Run, processors
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
-from compressor.factorize import FactorizationSettings, GroupedMetric, Metric
+from compressor.factorize import FactorizationSettings, GroupedMetric, Metric, grouped_values
 from compressor.forms import DENSE, FORMS, pair_name, pair_of, quantization_of
 from compressor.io import Checkpoint
 from compressor.lowrank import as_matrix
-from compressor.measure import singular_values
 from compressor.model import evaluation_mode
 from compressor.model.inference import forward_call
 from compressor.network import Layer
@@ -96,7 +95,7 @@ def timed_decompositions(checkpoint: Checkpoint, layers: Sequence[Layer], device
     matrix = as_matrix(middle, checkpoint.read(middle.tensor).to(device))
     if not torch.isfinite(matrix).all():
         return costs
-    rate = _least_seconds(lambda: singular_values(matrix), device) / _multiplications(middle)
+    rate = _least_seconds(lambda: grouped_values(matrix, middle.groups), device) / _multiplications(middle)
     return tuple(rate * cost for cost in costs)
 
 
@@ -105,7 +104,12 @@ def _elements(layer: Layer) -> float:
 
 
 def _multiplications(layer: Layer) -> float:
-    return float(layer.shape[0] * layer.shape[1] * min(layer.shape))
+    return float(layer.shape[0] * layer.shape[1] * min(layer.block_shape))
+
+
+def _of_sides(layer: Layer, power: int) -> int:
+    """The sum of a power of the sides of a layer, or of each of its groups."""
+    return layer.groups * sum(side**power for side in layer.block_shape)
 
 
 @dataclass(frozen=True)
@@ -533,8 +537,8 @@ def work_on_calibration(
     factors = [layer.parameters // 2 for layer in layers]
     optimizing = 2 * len(modules) * _optimizer_seconds(factors, device, settings.refinement)
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
-    products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
-    in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
+    products = sum(_of_sides(layer, 2) / 2 for layer in layers) / sum(map(_elements, layers))
+    in_metric = sum(_of_sides(layer, 3) / 2 for layer in layers) / sum(map(_multiplications, layers))
     together = sum(layer.parameters for layer in layers) <= settings.end_to_end.most_weights
     return CalibrationWork(
         fit=data.examples,

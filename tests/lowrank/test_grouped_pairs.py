@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, compress, evaluate, inspect, restore
+from compressor import BadInput, TrainingRecipe, compress, evaluate, inspect, restore
 from compressor.forms import LowRankConvolution
 from compressor.model import load_model
 from compressor.planning import Budget, LayerPlan, Plan
@@ -188,6 +188,51 @@ def test_what_no_pair_makes_smaller_is_passed_and_said() -> None:
     # Two channels to two for each group: below break-even there is no rank.
     tiny = compress(nn.Sequential(nn.Conv2d(8, 8, 1, groups=4), nn.Flatten(), nn.Linear(32, 32)), keep=0.5)
     assert {layer.name: layer.form for layer in tiny.plan.layers}["0"] == "dense"
+
+
+def test_a_pair_of_a_compressed_file_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = file_of(build(), tmp_path / "model.safetensors")
+    compress(path, output=tmp_path / "small.safetensors", plan=planned({"2": ("grouped", 3)}), factory=build)
+    given: Any = {"plan": planned({"0": ("channel", 2)}), "factory": build}
+    again = compress(tmp_path / "small.safetensors", output=tmp_path / "again.safetensors", **given)
+    assert [layer.name for layer in again.plan.layers] == ["0"]
+    before, after = load_file(tmp_path / "small.safetensors"), load_file(tmp_path / "again.safetensors")
+    own = [name for name in before if name.startswith("2.")]
+    assert len(own) == 3
+    assert all(torch.equal(after[name], before[name]) for name in own)
+    for name in ("small", "again"):
+        restore(tmp_path / f"{name}.safetensors", output=tmp_path / f"{name}-back.safetensors")
+    found = [load_file(tmp_path / f"{name}-back.safetensors")["2.weight"] for name in ("small", "again")]
+    assert torch.equal(*found)
+
+
+def test_what_a_fine_tune_changed_of_groups_is_stored_in_full(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = build()
+    file_of(base, tmp_path / "base.safetensors")
+    with torch.no_grad():
+        base[2].weight += 0.01 * torch.randn_like(base[2].weight)
+        base[0].weight += (torch.randn(12, 1) @ torch.randn(1, 9)).view_as(base[0].weight)
+    tuned = file_of(base, tmp_path / "tuned.safetensors")
+    compress(
+        tuned, base=tmp_path / "base.safetensors", output=tmp_path / "difference.safetensors",
+        plan=planned({"0": ("channel", 1)}), factory=build,
+    )  # fmt: skip
+    assert torch.equal(load_file(tmp_path / "difference.safetensors")["2.weight"], base[2].weight)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_how_much_of_the_initialization_survives_says_nothing_of_groups(bits: int) -> None:
+    training: Any = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.01, "momentum": 0.0, "steps": 5000}
+    recipe = TrainingRecipe(schedule="constant", batch_size=8, **training)
+    [first, grouped] = [each for each in inspect(build(), recipe=recipe, bits=bits).layers if each.singular_values]
+    assert (first.layer.name, grouped.layer.name) == ("0", "2")
+    assert first.initialization.above_edge is not None
+    assert grouped.initialization.share == first.initialization.share
+    assert grouped.initialization.above_edge is None
+    assert "groups" in grouped.initialization.reason
+    assert len(grouped.singular_values) == 8
 
 
 class Bottleneck(nn.Module):
