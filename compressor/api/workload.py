@@ -107,9 +107,9 @@ def _multiplications(layer: Layer) -> float:
     return float(layer.shape[0] * layer.shape[1] * min(layer.block_shape))
 
 
-def _of_sides(layer: Layer, power: int) -> int:
+def _of_sides(layer: Layer, power: int) -> float:
     """The sum of a power of the sides of a layer, or of each of its groups."""
-    return layer.groups * sum(side**power for side in layer.block_shape)
+    return float(layer.groups * sum(side**power for side in layer.block_shape))
 
 
 @dataclass(frozen=True)
