@@ -388,3 +388,11 @@ def test_a_model_of_too_many_modules_is_not_built(tmp_path: Path) -> None:
     assert transformers_architecture(tmp_path) is not None
     assert transformers_architecture(tmp_path, most_modules=20) is None
     nn.Sequential(*(nn.ReLU() for _ in range(30)))  # nothing is counted any more
+
+
+def test_layers_that_are_called_like_factors_are_layers(tmp_path: Path) -> None:
+    tensors = {"x.down.weight": torch.ones(8, 40), "x.up.weight": torch.ones(48, 8), "x.bias": torch.ones(48)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = {layer.name: layer for layer in find_layers(open_checkpoint(tmp_path / "model.safetensors"))}
+    assert found.keys() == {"x.down", "x.up"}
+    assert all(layer.eligible and layer.stored is None for layer in found.values())
