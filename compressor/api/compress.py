@@ -100,6 +100,7 @@ from compressor.model import (
     open_runnable,
     resolve_device,
 )
+from compressor.network import roles_of_experts
 from compressor.planning import (
     PLANNING,
     LayerPlan,
@@ -246,7 +247,8 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         speed = None
         if preferred(asked, subject, quantizes=any(quantized.values())) == "speed":
             speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
-        ready = prepared(speed, subject, measured, request=_request(asked, subject))
+            measured = list(_experts_together(subject, measured))
+        ready = prepared(speed, subject, measured, request=_request(asked, subject, measured))
         subject.let_go()
         planned, alike = _planned(asked, subject, ready, data=data, gate=_gate(data, kept, run), run=run)
     rewriting = replace(_rewriting(asked, subject, planned), decompositions=kept)
@@ -363,12 +365,28 @@ def _held(subject: Model, data: _Data, run: Run) -> AbstractContextManager[None]
     return on_device(run.device, subject.streamed)
 
 
-def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
-    """What the plan must meet."""
+def _experts_together(subject: Model, measured: Sequence[MeasuredLayer]) -> Sequence[MeasuredLayer]:
+    """The layers, of which those that do the same in all experts of a block are to run in one product.
+
+    Those of models whose files hold each by itself are stored and run like that.
+    """
+    roles = {} if subject.architecture is None else roles_of_experts(subject.architecture.module)
+    held = subject.checkpoint.held_by
+    return [
+        replace(m, together=roles[m.layer.module], quantized=())
+        if m.layer.module in roles and m.layer.tensor in held
+        else m
+        for m in measured
+    ]
+
+
+def _request(asked: CompressOptions, subject: Model, measured: Sequence[MeasuredLayer]) -> PlanRequest:
+    """What the plan must meet. Experts that run together are plain pairs, the fastest."""
+    plain = asked.form == "auto" and any(m.together is not None for m in measured)
     return PlanRequest(
         budget=requested_budget(asked),
         given=asked.plan,
-        form=asked.form,
+        form="plain" if plain else asked.form,
         shard_size=asked.max_shard_size,
         provenance=provenance(asked, subject.checkpoint),
         settings=asked.planning_settings or PLANNING,

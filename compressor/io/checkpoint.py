@@ -151,7 +151,7 @@ class Checkpoint:
             own = parts.get(name)
             tensors |= {name: info} if own is None else _infos(own)
         stored = {**self._stored, **{name: each for own in parts.values() for name, each in own.items()}}
-        return replace(self, tensors=tensors, _stored=stored, stacks=(*self.stacks, *stacks))
+        return replace(self, tensors=tensors, _stored=stored)
 
     def stacked(self, stacks: Sequence[Stack], wholes: Checkpoint) -> Checkpoint:
         """The same, knowing the tensors that hold several of its own, which another checkpoint has."""

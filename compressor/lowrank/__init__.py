@@ -10,6 +10,7 @@ from compressor.lowrank.artifacts import (
     restored_artifact,
     with_factors,
 )
+from compressor.lowrank.batched_tensors import unbatched_checkpoint
 from compressor.lowrank.compressed_tensors import is_compressed_tensors, quantized_targets
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
@@ -148,6 +149,7 @@ __all__ = [
     "stored_matrix",
     "stored_pairs",
     "stored_tensors",
+    "unbatched_checkpoint",
     "widened",
     "with_effective_weights",
     "with_factors",

@@ -7,6 +7,7 @@ as transformers' own registry is loaded.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.forms import from_initial
+from compressor.lowrank.batched_experts import BatchedExperts, batch_experts, separate_batched
 from compressor.lowrank.encoded_modules import PutEncoded, encoded_in_files, put_encoded
 from compressor.lowrank.initial_layer import PutLayer, form_layers, put_initial
 from compressor.lowrank.modules import put_pair
@@ -78,13 +80,14 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         modules = dict(model.named_modules())
         self._initial: dict[str, PutLayer] = {}
         for name, layer in layers.items():
-            place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            place = _place(name, modules, prefix)
             if place in modules:  # a head may be absent from the class that is loaded
                 if from_initial(layer.form):
                     self._initial[name] = put_initial(model, place, layer.form, rank=layer.rank)
                 else:
                     put_pair(model, place, layer.form, rank=layer.rank)
                 _spare_initialization(model, place.rpartition(".")[0])
+        batch_experts(model, [_place(stem, modules, prefix) for stem in spec.batched])
         self._encoded: list[PutEncoded] = []
         if spec.source is not None:
             own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.bfloat16)
@@ -122,10 +125,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("meta"):
             architecture = type(model)(config)
         architecture.tie_weights()
-        apart = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
+        separable = (SeparateExperts, BatchedExperts)
+        apart = [name for name, module in model.named_modules() if isinstance(module, separable)]
         if apart:
             separate_experts(architecture)
-        model = restored_module(model, architecture, dtype)
+        model = restored_module(separate_batched(model), architecture, dtype)
         if dtype not in (None, own):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -133,6 +137,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if used is not None and apart and not any(makes_experts(each, apart) for each in used):
             model._weight_conversions = used + [each for each in name_conversions(model) if makes_experts(each, apart)]
         return model
+
+
+def _place(name: str, modules: Mapping[str, Any], prefix: str) -> str:
+    """What a module is called in a model that has a head or not, where the name is that in one of the other kind."""
+    return name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
 
 
 def _spare_initialization(model: Any, holder: str) -> None:

@@ -16,7 +16,9 @@ from compressor.engine import Run
 from compressor.factorize import Decomposition, decompose, working_bytes
 from compressor.forms import FORMS, InitialLayer, from_initial
 from compressor.initial import InitialWeights
-from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
+from compressor.io import Checkpoint, Provenance, Stack, StoredTensor, TensorInfo, require_finite, require_in_range
+from compressor.lowrank.batched_experts import batch_experts
+from compressor.lowrank.batched_tensors import batched_infos, batched_stems, batched_tensors, batches_to_write
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
@@ -86,7 +88,16 @@ class Rewriting:
         source = source_left(self.checkpoint, self.passed_through)
         # Those of a model that is compressed already are in it.
         stacks = self.checkpoint.stacks if self._taken_apart else stacks_of(self.checkpoint)
-        return LowRankSpec(layers, initial_record(written, self.initial), source=source, stacks=stacks)
+        batched = batched_stems(self.checkpoint.stacks, layers) if self._taken_apart else ()
+        return LowRankSpec(layers, initial_record(written, self.initial), source=source, stacks=stacks, batched=batched)
+
+    @property
+    def batches(self) -> list[Stack]:
+        """The tensors that are stored for those of experts which run in batched products."""
+        if not self.checkpoint.stacks:
+            return []
+        spec = self.spec
+        return batches_to_write(self.checkpoint.stacks, spec.layers, spec.batched)
 
     @property
     def _taken_apart(self) -> bool:
@@ -147,7 +158,7 @@ def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
     for layer, plan in rewriting.factorized:
         bias = None if layer.bias is None else rewriting.info(layer.bias)
         infos += pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=bias)
-    return infos
+    return batched_infos(infos, rewriting.batches)
 
 
 def _passed_infos(rewriting: Rewriting, name: str) -> list[TensorInfo]:
@@ -179,6 +190,11 @@ def rewritten_tensors(
 
     `done` is told the name of each factorized layer and the relative error of what is stored for it.
     """
+    return batched_tensors(_tensors(rewriting, run, done), rewriting.batches, rewritten_infos(rewriting))
+
+
+def _tensors(rewriting: Rewriting, run: Run, done: Callable[[str, float], None]) -> Iterator[tuple[str, Tensor]]:
+    """The same, of which each expert has its own."""
     read = rewriting.checkpoint.read
     for name in rewriting.passed_through:
         if name in rewriting.statistics:
@@ -335,6 +351,7 @@ def rewritten_module(
         for in_model, tensor in rewriting.statistics.values():
             own[in_model].copy_(require_in_range(in_model, tensor))
     compressed = fuse_experts(compressed)
+    batch_experts(compressed, rewriting.spec_of_modules.batched)
     let_script(compressed)
     modeling = sys.modules.get("transformers.modeling_utils")
     pairs = rewriting.spec_of_modules.without_initial()

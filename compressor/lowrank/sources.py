@@ -61,4 +61,4 @@ def source_left(checkpoint: Checkpoint, names: list[str]) -> Mapping[str, Any] |
 
 def without_source(spec: LowRankSpec) -> LowRankSpec:
     """The same layers of a model whose other layers are dense."""
-    return LowRankSpec(spec.layers, spec.initial, spec.dense, stacks=spec.stacks)
+    return LowRankSpec(spec.layers, spec.initial, spec.dense, stacks=spec.stacks, batched=spec.batched)

@@ -156,7 +156,7 @@ class LowRankSpec:
     `dense` are the linear layers that stay as they are, as far as they are known: compressed-tensors lists them.
     `source` is the `quantization_config` of what was compressed, where other layers are still stored by it.
     `stacks` are the tensors of the original, by their names in its files, that held several layers which are stored by
-    themselves here.
+    themselves here, and `batched` are the blocks of experts of which all matrices or factors of a kind are in one.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -164,6 +164,7 @@ class LowRankSpec:
     dense: tuple[str, ...] = field(default=(), compare=False)
     source: Mapping[str, Any] | None = None
     stacks: tuple[Stack, ...] = ()
+    batched: tuple[str, ...] = ()
 
     def renamed(self, name: Callable[[str], str]) -> LowRankSpec:
         """The same layers under other names."""
@@ -171,7 +172,12 @@ class LowRankSpec:
         if initial is not None:
             initial = replace(initial, tensors={name(old): each for old, each in initial.tensors.items()})
         layers = {name(old): layer for old, layer in self.layers.items()}
-        return LowRankSpec(layers, initial, tuple(map(name, self.dense)), self.source, self.stacks)
+        return LowRankSpec(layers, initial, tuple(map(name, self.dense)), self.source, self.stacks, self._stems(name))
+
+    def _stems(self, name: Callable[[str], str]) -> tuple[str, ...]:
+        """What the names of batched experts begin with under other names: a layer of each is renamed."""
+        firsts = ((stem, next(layer for layer in self.layers if layer.startswith(f"{stem}."))) for stem in self.batched)
+        return tuple(name(layer).removesuffix(layer.removeprefix(stem)) for stem, layer in firsts)
 
     @property
     def from_initial(self) -> dict[str, LayerSpec]:
@@ -181,7 +187,7 @@ class LowRankSpec:
     def without_initial(self) -> LowRankSpec:
         """The other layers."""
         layers = {name: layer for name, layer in self.layers.items() if name not in self.from_initial}
-        return LowRankSpec(layers, dense=self.dense, source=self.source, stacks=self.stacks)
+        return LowRankSpec(layers, dense=self.dense, source=self.source, stacks=self.stacks, batched=self.batched)
 
     @property
     def is_compressed_tensors(self) -> bool:
@@ -201,6 +207,7 @@ class LowRankSpec:
             said |= {"format_version": FORMAT_VERSION, "source_quantization": dict(self.source)}
         if self.stacks:
             said |= {"format_version": FORMAT_VERSION, "stacks": [stack.to_dict() for stack in self.stacks]}
+        said |= {"batched": list(self.batched)} if self.batched else {}
         return said if self.initial is None else said | {"initial": self.initial.to_dict()}
 
     def to_config(self) -> dict[str, Any]:
@@ -276,7 +283,10 @@ class LowRankSpec:
             tuple(map(str, dense)) if isinstance(dense, list) else (),
             source,
             tuple(map(Stack.from_dict, stacks)),
+            tuple(map(str, document.get("batched") or ())),
         )
+        if without := next((each for each in spec.batched if not any(n.startswith(f"{each}.") for n in found)), None):
+            raise ValueError(f"none of the layers of {without} is low-rank")
         known = () if initial is None else initial.tensors.keys()
         if missing := next((name for name in spec.from_initial if name not in known), None):
             raise ValueError(f"it does not say what the initial weights of {missing} are")

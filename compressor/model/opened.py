@@ -46,6 +46,7 @@ from compressor.lowrank import (
     spec_of,
     stored_infos,
     stored_pairs,
+    unbatched_checkpoint,
     widened,
     with_effective_weights,
 )
@@ -317,7 +318,7 @@ def open_model(
         given = with_effective_weights(given)
     # Each expert's matrices are layers of their own in memory too, as they are in the files of such models.
     separate = with_separate_experts(given) if isinstance(given, nn.Module) else given
-    checkpoint = open_checkpoint(separate)
+    checkpoint = unbatched_checkpoint(open_checkpoint(separate))
     refuse_adapter(checkpoint)
     checkpoint = decoded_checkpoint(checkpoint, packed=compressed == "as stored")
     refuse_fp8(checkpoint)
@@ -371,7 +372,7 @@ def open_runnable(
     """
     given = uncompiled(local_model(model, revision))
     start = None if initial is None else given_initial(initial, factory=factory)
-    checkpoint = formed_checkpoint(decoded_checkpoint(open_checkpoint(given), packed=True), start)
+    checkpoint = formed_checkpoint(decoded_checkpoint(unbatched_checkpoint(open_checkpoint(given)), packed=True), start)
     architecture = None
     if isinstance(given, nn.Module):
         architecture = module_architecture(given)
@@ -629,7 +630,7 @@ def _with_separate_experts(checkpoint: Checkpoint, architecture: Architecture | 
         if not stack.fits(shape):
             what = f"{stack.tensor} is {format_shape(shape)} in the file, and the model has {stack.count} experts"
             raise _of_another_model(checkpoint, what)
-    apart = checkpoint.taken_apart(stacks)
+    apart = checkpoint.taken_apart(stacks).stacked(stacks, checkpoint)
     if (mismatch := architecture_mismatch(apart, architecture)) is not None:
         raise _of_another_model(checkpoint, mismatch)
     return apart

@@ -10,7 +10,13 @@ from compressor.network.architecture import (
     transformers_without_weights,
 )
 from compressor.network.embeddings import embedding_scale, join_embeddings, only_scales, same_table
-from compressor.network.experts import SeparateExperts, fuse_experts, separable_experts, with_separate_experts
+from compressor.network.experts import (
+    SeparateExperts,
+    fuse_experts,
+    roles_of_experts,
+    separable_experts,
+    with_separate_experts,
+)
 from compressor.network.layers import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
@@ -47,6 +53,7 @@ __all__ = [
     "module_architecture",
     "only_scales",
     "own_state",
+    "roles_of_experts",
     "same_table",
     "separable_experts",
     "tied_names",

@@ -258,6 +258,16 @@ def _has_plain_gate(experts: type[nn.Module]) -> bool:
     return own is None or own.__name__ == "_default_apply_gate"
 
 
+def roles_of_experts(module: nn.Module) -> dict[str, str]:
+    """The layers of separate experts by name, with what tells those of a block that do the same in every expert."""
+    found: dict[str, str] = {}
+    for place, experts in module.named_modules():
+        if isinstance(experts, SeparateExperts):
+            for number, expert in enumerate(experts.experts):
+                found |= {f"{place}.{number}.{name}": f"{place}.*.{name}" for name in expert.names}
+    return found
+
+
 def separate_experts(model: nn.Module) -> bool:
     """Separate the experts of a model where possible; return whether there were any."""
     found = separable_experts(model)

@@ -17,6 +17,7 @@ from compressor.planning.plan import LayerPlan
 from compressor.planning.rules import plan_by_bits, plan_by_tolerance, plan_by_window_rule
 from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size import plan_by_file_size, plan_by_size
+from compressor.planning.together import with_common_ranks
 
 OptimizerFamily = Literal["sgd", "adaptive"] | None
 
@@ -63,10 +64,10 @@ def choose_ranks(
     what a budget that limits the latency comes to; others ignore it.
     """
     if budget.kind == "window-rule":
-        return plan_by_window_rule(measured, form)
+        return with_common_ranks(measured, plan_by_window_rule(measured, form))
     assert budget.value is not None, f"{budget.kind} has a value"
     if budget.kind == "tolerance":
-        return plan_by_tolerance(measured, budget.value, form)
+        return with_common_ranks(measured, plan_by_tolerance(measured, budget.value, form))
     if budget.kind == "bits":
         return plan_by_bits(measured, int(budget.value))
     limit = None if budget.latency_limit is None else limit

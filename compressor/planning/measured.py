@@ -53,7 +53,8 @@ class MeasuredLayer:
     says how, and for the forms of what training wrote `own_values` has the singular values of that. The loss of forms
     that truncate is multiplied by `truncation_penalty` where choices are compared; an infinite one leaves choices of
     rank 0 in other forms, and dense. `quantized` names the quantized forms that the layer may be stored in; they are
-    choices where `own_errors` has their errors, without calibration in the Frobenius norm.
+    choices where `own_errors` has their errors, without calibration in the Frobenius norm. Layers with the same name in
+    `together` run in one product, and are to have one form and rank.
     """
 
     layer: Layer
@@ -78,6 +79,7 @@ class MeasuredLayer:
     start: Start | None = None
     truncation_penalty: float = 1.0
     quantized: tuple[str, ...] = ()
+    together: str | None = None
 
     def ranks(self, largest: int, form: str | None = None) -> npt.NDArray[np.int64]:
         """The ranks that are choices, up to the largest one; from 0 on in forms that have this rank."""

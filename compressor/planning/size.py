@@ -16,6 +16,7 @@ from compressor.planning.latency import Seconds
 from compressor.planning.layer_choices import LayerChoices, layer_choices
 from compressor.planning.measured import ROUNDING, MeasuredLayer, layer_plan
 from compressor.planning.plan import LayerPlan, dense_plan
+from compressor.planning.together import apart, joined
 
 
 def plan_by_size(
@@ -162,11 +163,12 @@ def _chosen(
     seconds: Seconds | None,
 ) -> list[int] | None:
     """`chosen_within` for layers in a fixed order."""
-    chosen = (
-        None
-        if budget is None
-        else allocate(_losses_of(measured, choices, [each.choices for each in choices], budget=budget), budget)
-    )
+    chosen = None
+    if budget is not None:
+        losses = _losses_of(measured, choices, [each.choices for each in choices], budget=budget)
+        together = joined(measured, choices, losses)
+        chosen = allocate([each.choices for each in together], budget)
+        chosen = None if chosen is None else apart(together, chosen)
     # Whatever loses least at the size alone also does under limits that it keeps.
     kept = seconds is None or (chosen is not None and _within(choices, chosen, seconds))
     if seconds is not None and not kept and (budget is None or chosen is not None):

@@ -42,7 +42,7 @@ def test_in_a_file_each_is_read_by_itself(stack: Stack, dtype: torch.dtype, tmp_
     tensor = whole(stack).to(dtype)
     save_file({"a": torch.ones(3), "x.fused": tensor, "z": torch.zeros(2)}, tmp_path / "m.safetensors")
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
-    apart = checkpoint.taken_apart([stack])
+    apart = checkpoint.taken_apart([stack]).stacked([stack], checkpoint)
     expected = stack.views(tensor)
     assert apart.tensors.keys() == {"a", *expected, "z"}
     for name, values in expected.items():
