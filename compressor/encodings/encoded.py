@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.errors import BadInput
 from compressor.formatting import format_shape
-from compressor.io import StoredTensor, TensorInfo
+from compressor.io import StoredTensor, TensorInfo, nth
 
 
 class Decoder(Protocol):
@@ -77,6 +77,16 @@ class EncodedTensor:
     def nbytes(self) -> int:
         """Bytes of all that the file has for it."""
         return sum(info.nbytes for info in self.infos)
+
+    def nth(self, number: int) -> EncodedTensor | None:
+        """The tensor at a place of the first dimension; None where its parts have no such dimension."""
+        if not getattr(self.decoder, "by_first_dimension", False):
+            return None
+        found = [nth(part.stored, number) for part in self.parts]
+        parts = [Part(part.name, own) for part, own in zip(self.parts, found, strict=True) if own is not None]
+        if len(parts) < len(found):
+            return None
+        return EncodedTensor(self.name, self.shape[1:], self.dtype, self.decoder, tuple(parts))
 
     def read(self) -> Tensor:
         """Its values, in memory of their own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """Blocks of four-bit floats with their exponents."""
+    """Blocks of four-bit floats with their exponents; each matrix of several can be decoded by itself."""
+
+    by_first_dimension: ClassVar[bool] = True
 
     @property
     def words(self) -> str:

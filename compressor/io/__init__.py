@@ -25,7 +25,7 @@ from compressor.io.companions import (
 )
 from compressor.io.hub import RemoteModel, hub_model, local_model, remote_model
 from compressor.io.output import Naming, Target, check_output, checked_target, form_of
-from compressor.io.stacks import Stack
+from compressor.io.stacks import Stack, nth
 from compressor.io.staging import note_file, staged_file, staged_folder
 from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory
 from compressor.io.workspace import Workspace, temporary_workspace
@@ -70,6 +70,7 @@ __all__ = [
     "hub_model",
     "local_model",
     "note_file",
+    "nth",
     "open_checkpoint",
     "plan_shards",
     "portable_config",

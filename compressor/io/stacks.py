@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -102,8 +102,10 @@ class Stack:
                 for name, view in self.views(outline).items()
             }
         outline = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        each = len(self.members)
         return {
-            name: _Part(stored, self, name, tuple(view.shape), view.dtype) for name, view in self.views(outline).items()
+            name: _Part(stored, self, name, tuple(view.shape), view.dtype, place // each)
+            for place, (name, view) in enumerate(self.views(outline).items())
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,19 +132,38 @@ class Stack:
         return cls(str(tensor), str(stem), tuple(members), count, of, bool(flags[0]), bool(flags[1]))
 
 
+def nth(stored: StoredTensor, number: int) -> StoredTensor | None:
+    """The tensor at a place of the first dimension, of one that can be read by such; else None."""
+    if isinstance(stored, TensorOnDisk):
+        offset = stored.offset + number * stored.strides[0] * stored.dtype.itemsize
+        return TensorOnDisk(stored.file, offset, stored.shape[1:], stored.strides[1:], stored.dtype)
+    if isinstance(stored, TensorInMemory):
+        return TensorInMemory(stored.tensor[number])
+    own: Callable[[int], StoredTensor | None] | None = getattr(stored, "nth", None)
+    return None if own is None else own(number)
+
+
 @dataclass(frozen=True)
 class _Part:
-    """A part of a tensor that is computed when it is read."""
+    """A part of a tensor that is computed when it is read: of its `number`-th matrix, where that can be read alone."""
 
     whole: StoredTensor
     stack: Stack
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    number: int
 
     @property
     def region(self) -> Hashable:
         return (self.whole.region, self.name)
 
     def read(self) -> Tensor:
-        return self.stack.views(self.whole.read())[self.name].clone(memory_format=torch.contiguous_format)
+        own = nth(self.whole, self.number)
+        if own is None:
+            view = self.stack.views(self.whole.read())[self.name]
+        else:
+            alone = replace(self.stack, count=1)
+            member = self.name.removeprefix(f"{self.stack.stem}.{self.number}.")
+            view = alone.views(own.read()[None])[f"{self.stack.stem}.0.{member}"]
+        return view.clone(memory_format=torch.contiguous_format)

@@ -193,6 +193,29 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded(tmp_path / "restored")), logits(small), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("asked", [{"keep": 0.08, "bits": 16, "prefer": "speed"}, {"bits": 3, "prefer": "size"}])
+def test_experts_in_mxfp4_become_layers(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Each is decoded by itself, and compressed as the numbers that it means."""
+    source = Source(stored.gpt_oss, stored.mxfp4, stored.MXFP4, stored.is_experts)
+    means = source.made(tmp_path / "model")
+    checkpoint = open_model(tmp_path / "model").checkpoint
+    whole = load_file(means / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]
+    for number, matrix in enumerate(whole):
+        for first, role in enumerate(("gate_proj", "up_proj")):
+            own = checkpoint.read(f"model.layers.0.mlp.experts.{number}.{role}.weight")
+            assert torch.equal(own, matrix.T[first::2])
+    report = compress(
+        tmp_path / "model", output=tmp_path / "small", include=["*.experts.*"], calibration="none", **asked
+    )
+    assert all(plan.rank is not None for plan in report.plan.layers)
+    small = loaded(tmp_path / "small")
+    restore(tmp_path / "small", output=tmp_path / "restored")
+    torch.testing.assert_close(logits(loaded(tmp_path / "restored")), logits(small), rtol=1e-4, atol=1e-5)
+    assert (
+        load_file(tmp_path / "restored" / "model.safetensors").keys() == load_file(means / "model.safetensors").keys()
+    )
+
+
 def test_all_layers_compressed_leave_nothing_of_the_source(tmp_path: Path) -> None:
     SOURCES["qwen3-moe-fp8"].made(tmp_path / "model")
     made = compress(tmp_path / "model", output=tmp_path / "small", bits=3, calibration="none", prefer="size")
