@@ -97,7 +97,7 @@ class IntegerProduct(MatrixProduct):
 class Convolution(Kernel):
     """A convolution, transposed or not, of `kernel`, on `batch` inputs of spatial sizes `in_size`.
 
-    The numbers of channels are those of all groups together.
+    The numbers of channels are those of all groups together, which are multiplied each by itself.
     """
 
     batch: int

@@ -303,11 +303,13 @@ def _in_whole_steps(kernel: Kernel, speed: Speed) -> Kernel:
         columns = np.where(one, kernel.columns, speed.columns.width(kernel.columns))
         return replace(kernel, inner=inner, columns=columns)
     if isinstance(kernel, Convolution):
-        # Images have fewer channels than a block of them: kernels of their own read them as they are.
-        few = np.asarray(kernel.in_channels) < speed.inner.period
+        # Images have fewer channels than a block of them: kernels of their own read them as they are. Each group has
+        # blocks of its own.
+        groups = kernel.groups
+        few = np.asarray((groups == 1) & (np.asarray(kernel.in_channels) < speed.inner.period))
         channels = {
-            "in_channels": np.where(few, kernel.in_channels, speed.inner.width(kernel.in_channels)),
-            "out_channels": speed.columns.width(kernel.out_channels),
+            "in_channels": np.where(few, kernel.in_channels, groups * speed.inner.width(kernel.in_channels // groups)),
+            "out_channels": groups * speed.columns.width(kernel.out_channels // groups),
         }
         return Convolution(**{**vars(kernel), **channels})
     return kernel

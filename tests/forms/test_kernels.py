@@ -174,3 +174,16 @@ def test_each_call_of_a_layer_takes_as_long() -> None:
     once = predicted_seconds(PROFILE, case.weight, DENSE, rank=1, use=LayerUse(rows=10), dtype=torch.float32)
     thrice = predicted_seconds(PROFILE, case.weight, DENSE, rank=1, use=LayerUse(rows=10, calls=3), dtype=torch.float32)
     assert thrice == pytest.approx(3 * once)
+
+
+def test_groups_of_few_channels_in_between_are_not_taken_to_be_fast() -> None:
+    """Each group fills blocks of channels by itself: 32 groups of one channel each run like 32 of a whole block."""
+    use, ranks = LayerUse(batch=8, in_size=(14, 14), out_size=(14, 14)), np.array([1, 2, 4])
+    narrow = StoredWeight("grouped convolution", (256, 8, 3, 3), 32)
+    wide = StoredWeight("grouped convolution", (128, 32, 3, 3), 4)
+    for weight, faster in ((narrow, False), (wide, True)):
+        dense, pair = (
+            predicted_seconds(PROFILE, weight, form, rank=ranks, use=use, dtype=torch.float32)
+            for form in (DENSE, "grouped")
+        )
+        assert ((pair < dense) == faster).all()
