@@ -11,10 +11,8 @@ from compressor.adapters.resize import (
     ModuleSpectrum,
     adapter_spectra,
     module_change,
-    own_ranks,
     relative_error,
     resized_artifact,
-    stored_numbers,
     written_as,
 )
 
@@ -36,10 +34,8 @@ __all__ = [
     "is_magnitude",
     "module_change",
     "needs_spectra",
-    "own_ranks",
     "read_adapter",
     "relative_error",
     "resized_artifact",
-    "stored_numbers",
     "written_as",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from compressor.adapters.lycoris import Loha, Lokr, loha_of, lokr_of
 from compressor.adapters.module import AdapterModule, Factors, ModuleKind, Stored, lora_of
@@ -49,7 +49,7 @@ class Group:
 
     @property
     def beside(self) -> tuple[Stored, ...]:
-        return tuple(self.roles[role] for role in get_args(Role)[-2:] if role in self.roles)
+        return tuple(stored for role, stored in self.roles.items() if role in ("bias", "magnitude"))
 
     @property
     def factors(self) -> tuple[Factors, tuple[int, int], tuple[int, ...]]:

@@ -267,16 +267,6 @@ def _require_holdable(adapter: Adapter, target: Dialect) -> None:
             raise BadInput(what, where=where, option="to", remedy=remedy)
 
 
-def own_ranks(adapter: Adapter) -> tuple[int, ...]:
-    """The ranks that the modules have."""
-    return tuple(module.rank for module in adapter.modules)
-
-
-def stored_numbers(adapter: Adapter, ranks: Sequence[int]) -> int:
-    """How many numbers the factors take at these ranks."""
-    return sum(module.numbers_at(rank) for module, rank in zip(adapter.modules, ranks, strict=True))
-
-
 def relative_error(changes: Sequence[ModuleChange]) -> float:
     """The relative error of all updates together, in the Frobenius norm."""
     energy = sum(each.energy for each in changes)

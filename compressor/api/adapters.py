@@ -115,7 +115,7 @@ def compress_adapter(adapter: Adapter, asked: CompressOptions) -> Compression:
     budget = requested_budget(asked) or Budget("tolerance", PLANNING.safe_tolerance)
     target = None if asked.dry_run else _target(adapter, asked)
     with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
-        ranks, planned = _ranks(adapter, budget, asked.progress, engine=engine)
+        ranks, planned = _ranks(adapter, budget, asked.progress, engine=engine, predicts=asked.dry_run)
         if requested_budget(asked) is None and all(
             module.kept_as_it_is(rank) for module, rank in zip(adapter.modules, ranks, strict=True)
         ):
@@ -185,7 +185,7 @@ def export_adapter(adapter: Adapter, asked: ExportOptions) -> Export:
     checkpoint, to = adapter.checkpoint, next((name for name in DIALECTS if name == asked.to), None)
     if to is None:
         dense = "make a dense model with PEFT or diffusers: merge_and_unload(), or fuse_lora()"
-        remedy = dense if asked.to == "dense" else "export it with `to='peft'`, 'kohya', or 'diffusers'"
+        remedy = dense if asked.to == "dense" else "export it with `to='peft'`, `to='kohya'`, or `to='diffusers'`"
         raise BadInput("is a LoRA adapter", where=checkpoint.source, option="to", remedy=remedy)
     naming = Naming(written_as(adapter, to), f"-{to}")
     target = checked_target(checkpoint, asked.output, naming, overwrite=asked.overwrite)
@@ -217,10 +217,13 @@ def _load_words(dialect: AdapterDialect, path: str) -> str:
 
 
 def _ranks(
-    adapter: Adapter, budget: Budget, progress: Progress | None, *, engine: Engine
+    adapter: Adapter, budget: Budget, progress: Progress | None, *, engine: Engine, predicts: bool = False
 ) -> tuple[tuple[int, ...], list[ModuleChange]]:
-    """The ranks of a budget and, where singular values decided about them, what they will make of each module."""
-    if not needs_spectra(budget):
+    """The ranks of a budget and, where singular values decided about them, what they will make of each module.
+
+    Where nothing is written that would tell what becomes of the modules, it `predicts` that for any budget.
+    """
+    if not needs_spectra(budget) and not predicts:
         return adapter_ranks(adapter, budget), []
 
     spectra = _spectra(adapter, progress, engine=engine)

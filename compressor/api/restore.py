@@ -17,7 +17,7 @@ from compressor.api.write import written
 from compressor.archiving import archived_checkpoint, is_archive, read_index
 from compressor.errors import BadInput
 from compressor.fine_tuning import applied_artifact
-from compressor.io import Naming, checked_target, form_of, local_model, open_checkpoint
+from compressor.io import Naming, checked_target, form_of, local_model, open_checkpoint, refuse_adapter
 from compressor.io.output import WEIGHT_FILES
 from compressor.lowrank import restored_artifact
 from compressor.model import Model, ModelLike, given_initial, open_runnable
@@ -155,5 +155,6 @@ def _require_pairs(model: Model) -> None:
     """Refuse a model without low-rank layers."""
     where = model.checkpoint.source
     if not model.pairs and not model.formed and not model.decoded:
+        refuse_adapter(model.checkpoint)
         remedy = "give a checkpoint that 'compress MODEL' wrote"
         raise BadInput("holds no low-rank layer", where=where, remedy=remedy)

@@ -100,3 +100,5 @@ def test_models_are_no_adapters_and_adapters_no_models(tmp_path: Path) -> None:
     for to in ("dense", "onnx", "lora"):
         with pytest.raises(BadInput, match="is a LoRA adapter"):
             compressor.export(file, to=to)
+    with pytest.raises(BadInput, match="is a LoRA file of kohya's scripts, not a model"):
+        compressor.restore(file, output=tmp_path / "dense.safetensors")

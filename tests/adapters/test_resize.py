@@ -51,6 +51,8 @@ def test_the_change_that_is_reported_is_the_change_that_is_made(tmp_path: Path) 
     assert small.adapter is not None
     assert small.adapter.error == pytest.approx((dropped / whole) ** 0.5, rel=1e-4)
     assert small.bytes.after == (tmp_path / "small.safetensors").stat().st_size
+    planned = compressor.plan(file, rank=3)
+    assert [layer.error for layer in planned.layers] == pytest.approx([layer.error for layer in small.plan.layers])
 
 
 @pytest.mark.parametrize("rank", [8, 9, 1000])
