@@ -6,8 +6,8 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -15,7 +15,7 @@ from typing import Unpack
 from torch import nn
 
 from compressor.api.adapters import compress_adapter, opened_adapter, require_no_adapter_options
-from compressor.api.calibration_data import calibration_data, calibration_settings
+from compressor.api.calibration_data import calibration_settings
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.flags import in_flags
@@ -37,10 +37,17 @@ from compressor.api.needs import (
     output_bytes,
     require_available,
 )
+from compressor.api.on_data import (
+    OpenedData,
+    calibrated_on,
+    held_on_device,
+    open_data,
+    planned_on,
+    require_allowed_drop,
+)
 from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
-    data_to_measure_on,
     memory_of_jobs,
     output_folder,
     output_target,
@@ -65,9 +72,8 @@ from compressor.api.workload import (
 )
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
-from compressor.calibration import Calibration, CalibrationData, calibrate
-from compressor.calibration.drop import DropGate, plan_within_drop, tried_at_once, within_drop
-from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
+from compressor.calibration.drop import DropGate, tried_at_once
+from compressor.calibration.search import PlannedModel, PlanRequest
 from compressor.calibration.uniform import QuantizedAlike, on_data, quantized_alike
 from compressor.data import EvaluationData
 from compressor.engine import InProcess, Run, opened_engine
@@ -95,7 +101,6 @@ from compressor.model import (
     ModelLike,
     inspect_layers,
     measured_layers,
-    on_device,
     open_model,
     open_runnable,
     resolve_device,
@@ -109,7 +114,6 @@ from compressor.planning import (
     PlanningSettings,
     is_worthwhile,
     quantized_forms,
-    within_limit,
     worthwhile_size,
 )
 from compressor.progress import expect, takes_steps
@@ -226,9 +230,9 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
     """The compression of an opened model; how long all of it took is not known here."""
     target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
     places = Places.now(run.device, asked.work_dir, output_folder(asked, subject))
-    data = _open_data(asked, subject, run)
+    data = open_data(asked, subject, run)
     expect_data(run, data.calibration, data.search)
-    with _held(subject, data, run):
+    with held_on_device(subject, data, run):
         needs = _announced(asked, subject, data, places=places, run=run)
         decomposing = _decomposing(asked, data, places, run=run)
         kept = None if decomposing is None else decomposing.kept
@@ -323,7 +327,7 @@ def _file_beside(artifact: Artifact, target: Target | None) -> Iterator[Path | N
         yield made.model
 
 
-def _decomposing(asked: CompressOptions, data: _Data, places: Places, *, run: Run) -> Decomposing | None:
+def _decomposing(asked: CompressOptions, data: OpenedData, places: Places, *, run: Run) -> Decomposing | None:
     """How large layers are decomposed when they are measured; None where calibration will decompose them."""
     if data.calibration is not None:
         return None
@@ -339,30 +343,6 @@ def _decomposing(asked: CompressOptions, data: _Data, places: Places, *, run: Ru
     with suppress(OSError):
         room = shutil.disk_usage(places.temporary).free // 2
     return Decomposing(precision, KeptDecompositions(run.journal.part("decompositions"), room, precision))
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Examples by what they serve: to calibrate on, to choose a size by, and to report on."""
-
-    calibration: CalibrationData | None
-    search: EvaluationData | None
-    report: EvaluationData | None
-
-
-def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
-    """The data that are asked for, which the model is known to take."""
-    if asked.data is not None or asked.calibrates or asked.calibration_cache is not None:
-        subject.require_runnable()
-    search, report = data_to_measure_on(asked, subject)
-    return _Data(calibration_data(asked, subject, run), search, report)
-
-
-def _held(subject: Model, data: _Data, run: Run) -> AbstractContextManager[None]:
-    """Hold the dense model on the device while it is planned for, if it runs there at all."""
-    if data.calibration is None and data.search is None:
-        return nullcontext()
-    return on_device(run.device, subject.streamed)
 
 
 def _experts_together(subject: Model, measured: Sequence[MeasuredLayer]) -> Sequence[MeasuredLayer]:
@@ -409,13 +389,13 @@ def _with_errors_by_weights(subject: Model, measured: Sequence[MeasuredLayer], r
     return [replace(m, own_errors={**m.own_errors, **errors.get(m.layer.name, {})}) for m in measured]
 
 
-def _gate(data: _Data, decompositions: KeptDecompositions | None, run: Run) -> DropGate | None:
+def _gate(data: OpenedData, decompositions: KeptDecompositions | None, run: Run) -> DropGate | None:
     """What drops in quality are measured on, where there are data for that."""
     return None if data.search is None else DropGate(data.search, run, decompositions)
 
 
 def _planned(
-    asked: CompressOptions, subject: Model, ready: Prepared, *, data: _Data, gate: DropGate | None, run: Run
+    asked: CompressOptions, subject: Model, ready: Prepared, *, data: OpenedData, gate: DropGate | None, run: Run
 ) -> tuple[PlannedModel, Sequence[QuantizedAlike]]:
     """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`.
 
@@ -423,17 +403,12 @@ def _planned(
     """
     measured, request, calibrated = ready.measured, ready.request, None
     if data.calibration is not None:
-        calibrated = _calibrated(asked, subject, measured, data=data.calibration, run=run)
+        calibrated = calibrated_on(asked, subject, measured, data=data.calibration, run=run)
         if calibrated is None and asked.bits is None:
             measured = [replace(m, quantized=()) for m in measured]
         elif calibrated is None:
             measured = _with_errors_by_weights(subject, measured, run)
-    if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
-        planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
-    else:
-        planned = plan_ranks(subject, measured, request, calibration=calibrated)
-        if gate is not None and asked.max_drop is not None:
-            planned = within_drop(subject, planned, gate=gate, limit=asked.max_drop)
+    planned = planned_on(subject, measured, request, calibration=calibrated, gate=gate, limit=asked.max_drop)
     if request.budget is None:
         _require_worthwhile(subject, measured, planned.plan, request=request)
     if planned.plan.budget.kind != "plan":
@@ -454,22 +429,6 @@ def _uniform(
     if data is None or not calibration_settings(asked).uniform:
         return tuple(each.quantization for each in alike)
     return tuple(on_data(subject, alike, data, run=run))
-
-
-def _calibrated(
-    asked: CompressOptions, subject: Model, measured: Sequence[MeasuredLayer], *, data: CalibrationData, run: Run
-) -> Calibration | None:
-    """The metric of the layers; None where the model cannot be calibrated on examples of its own, unasked."""
-    dense, layers = subject.streamed, [each.layer for each in measured]
-    try:
-        settings = calibration_settings(asked, data)
-        calibrated = calibrate(dense, layers, data, run=run, settings=settings, files=subject.files)
-        return replace(calibrated, initial=subject.initial)
-    except BadInput as error:
-        if asked.calibrates or asked.calibration_cache is not None:
-            raise
-        logger.warning("not calibrated on examples of its own: %s", error)
-        return None
 
 
 def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) -> Rewriting:
@@ -494,7 +453,7 @@ def _evaluated(
     if data is None or compressed_model is None:
         return None
     evaluation = evaluate_models(subject, compressed_model, data, run=run, timing=timing_settings(asked))
-    _require_allowed_drop(evaluation, asked, subject.name)
+    require_allowed_drop(evaluation, asked, subject.name)
     return evaluation
 
 
@@ -584,7 +543,7 @@ def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: 
         )
 
 
-def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: Places, run: Run) -> Needs:
+def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, places: Places, run: Run) -> Needs:
     """What `compress` is expected to take; `BadInput` where there is not enough of it.
 
     A progress that estimates the whole is told what steps it will go through, and what they will cost. For this, and
@@ -620,7 +579,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
 
 
 def _held_models(
-    asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize, first: FirstRun | None, run: Run
+    asked: CompressOptions, subject: Model, data: OpenedData, *, size: ModelSize, first: FirstRun | None, run: Run
 ) -> Held:
     """The models in memory: the dense one to run it, beside the compressed one where this is measured or returned.
 
@@ -643,7 +602,7 @@ def _held_models(
 
 
 def _timed_work(
-    asked: CompressOptions, subject: Model, data: _Data, *, first: FirstRun | None, run: Run
+    asked: CompressOptions, subject: Model, data: OpenedData, *, first: FirstRun | None, run: Run
 ) -> CompressionWork:
     """What `compress` will do, in seconds."""
     eligible = [layer for layer in subject.layers if layer.eligible]
@@ -692,7 +651,7 @@ def _timed_work(
     )
 
 
-def _at_once(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) -> int:
+def _at_once(asked: CompressOptions, subject: Model, data: OpenedData, *, run: Run) -> int:
     """How many sizes a search by drop tries at a time."""
     if data.search is None or _search_settings(asked) is None:
         return 1
@@ -704,17 +663,3 @@ def _search_settings(asked: CompressOptions) -> PlanningSettings | None:
     budget = requested_budget(asked)
     searched = budget is not None and budget.kind == "max-drop"
     return (asked.planning_settings or PLANNING) if searched else None
-
-
-def _require_allowed_drop(evaluation: Evaluation, asked: CompressOptions, name: str) -> None:
-    """Raise `QualityGateNotMet`, or only warn, when the data that did not decide show too large a drop."""
-    limit = asked.max_drop
-    if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
-        return
-    found = f"the drop on {evaluation.data} is {evaluation.drop:.4g}, more than `max_drop` {limit:g}"
-    if not asked.allow_miss:
-        raise QualityGateNotMet(
-            f"{name}: {found}; ask for a smaller drop or give more data, or write the model nevertheless with"
-            " `allow_miss=True`"
-        )
-    logger.warning(found)

@@ -9,17 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressor.api.evaluate import evaluate_models
+from compressor.api.on_data import (
+    OpenedData,
+    calibrated_on,
+    held_on_device,
+    open_data,
+    planned_on,
+    require_allowed_drop,
+)
 from compressor.api.options import CompressOptions
 from compressor.api.requests import (
     output_target,
     provenance,
-    reported_data,
     requested_budget,
     requested_quantized_forms,
     timing_settings,
     widths_of,
 )
+from compressor.api.work_folder import kept_calibration
 from compressor.api.write import Output, written
+from compressor.calibration.drop import DropGate
+from compressor.calibration.search import PlannedModel, PlanRequest
 from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.evaluation import process_memory
@@ -30,10 +40,20 @@ from compressor.fine_tuning.adapter import (
     vllm_obstacles,
     vllm_rank,
 )
+from compressor.fine_tuning.in_loss import (
+    adaptation_of,
+    as_differences,
+    as_written,
+    measured_as_written,
+    started_on_base,
+)
 from compressor.fine_tuning.plan import (
+    Changes,
     Kind,
     StoredChanges,
+    given_differences,
     measured_changes,
+    most_stored_bytes,
     planned_adaptation,
     stored_changes,
 )
@@ -51,35 +71,54 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
 
     A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors or numbers are to
     have less than 16 bits; a file gives a file of pairs; a module gives a copy of the base with pairs beside its
-    layers. Such a module is what `data` measure.
+    layers. Such a module is what `data` measure. With calibration, or a limit on the drop, ranks are those that lose
+    the fine-tune least; the base is then what its training started from.
     """
     started = time.monotonic()
-    run = Run(resolve_device(asked.device), progress=asked.progress)
-    if asked.data is not None:
-        model.require_runnable()
-    report = None if asked.data is None else reported_data(asked, model)
     if model.in_memory != base.in_memory:
         what, remedy = "a module and files cannot be compared", "give both as modules, or both as files"
         raise BadInput(what, option="base", remedy=remedy)
+    run = Run(resolve_device(asked.device), asked.seed, asked.progress)
+    with kept_calibration(asked, model, run) as running:
+        return _compressed(model, base, asked, run=running, started=started)
+
+
+def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, started: float) -> Compression:
     subject = model.with_ties()
-    quantized = requested_quantized_forms(asked, subject, calibrated=False)
+    data = open_data(asked, subject, run)
+    # An adapter holds no integers, so that bits are only there where they are asked for.
+    quantized = requested_quantized_forms(
+        asked, subject, calibrated=data.calibration is not None and "bits" in asked.given
+    )
     kind = _kind(subject, asked.output, quantized=bool(quantized))
     naming = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
     target = output_target(asked, subject, naming, others=[base.checkpoint])
     made_by = provenance(asked, subject.checkpoint)
     changes = measured_changes(subject, base, kind, provenance=made_by, quantized=quantized, run=run)
-    adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
+    if data.calibration is None and data.search is None:
+        adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
+    else:
+        with held_on_device(subject, data, run):
+            adaptation = adaptation_of(changes, _planned_in_loss(changes, asked, data, run=run))
+    if not adaptation.paired and not adaptation.in_full:
+        raise BadInput(
+            f"needs nothing beside its base ({adaptation.plan.budget})",
+            where=subject.name,
+            remedy="use the base, or allow a smaller drop",
+        )
     stored = stored_changes(changes, adaptation, device=run.device, progress=run.progress)
     if stored.adapter is not None:
         require_pairs(stored.adapter)
     errors, module, evaluation, verified = stored.errors, None, None, None
-    if not asked.dry_run and (kind == "module" or report is not None):
+    if not asked.dry_run and (kind == "module" or data.report is not None):
         # What was loaded here needs no copy.
         dense = copy.deepcopy(base.module) if base.in_memory else base.module
         names = subject.architecture or module_architecture(dense)
         module = adapted_module(adaptation, dense, device=run.device, done=errors, module_name=names.module_name)
-        if report is not None:
-            evaluation = evaluate_models(model, open_runnable(module), report, run=run, timing=timing_settings(asked))
+        if data.report is not None:
+            timing = timing_settings(asked)
+            evaluation = evaluate_models(model, open_runnable(module), data.report, run=run, timing=timing)
+            require_allowed_drop(evaluation, asked, subject.name)
     with written(stored.artifact, target) as made:
         if stored.adapter is not None and target is not None:
             verified = finish_adapter(made, stored.adapter, name=target.name, errors=errors.of)
@@ -101,12 +140,30 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         model=module if kind == "module" else None,
         fine_tune=replace(
             _fine_tune(adaptation, stored, base=base.name, verified_with=verified),
+            unchanged=len(tuned.tensors) - len(changes.difference.changed),
             rounding_shares={m.layer.name: m.rounding_share for m in changes.measured},
             only_rounding=changes.only_rounding,
         ),
         bits=widths_of(quantized),
     )
     return replace(compression, warnings=warning_words(compression))
+
+
+def _planned_in_loss(changes: Changes, asked: CompressOptions, data: OpenedData, *, run: Run) -> PlannedModel:
+    """A plan by what the differences are worth to the fine-tune: in the metric of the loss, or by a measured drop."""
+    subject, measured = started_on_base(changes), measured_as_written(changes)
+    budget = requested_budget(asked)
+    request = PlanRequest(
+        budget=budget,
+        given=None if asked.plan is None else as_written(given_differences(asked.plan)[0]),
+        shard_size=asked.max_shard_size,
+        bytes_of=lambda plan: most_stored_bytes(changes, as_differences(plan).layers, plan.budget),
+    )
+    calibration = None
+    if data.calibration is not None:
+        calibration = calibrated_on(asked, subject, measured, data=data.calibration, run=run)
+    gate = None if data.search is None else DropGate(data.search, run)
+    return planned_on(subject, measured, request, calibration=calibration, gate=gate, limit=asked.max_drop)
 
 
 def finish_adapter(made: Output, adapter: Adapter, *, name: str, errors: Mapping[str, float]) -> str | None:
@@ -133,7 +190,7 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, veri
         else "quantized layers"
         if adaptation.plan.quantized
         else "factor pairs",
-        unchanged=len(difference.tuned.tensors) - len(difference.changed),
+        unchanged=0,
         in_full=adaptation.in_full if adapter is None else tuple(adapter.saved.tensors.values()),
         max_lora_rank=None if adapter is None else vllm_rank(adapter),
         vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),

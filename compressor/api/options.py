@@ -618,17 +618,14 @@ class PlanOptions(
         """What does not apply to differences to a base."""
         for name in _NOT_FOR_DIFFERENCES:
             if name in self.given and not (name == "form" and self.form != "pivoted"):
-                shown = f"`{name}={getattr(self, name)!r}`" if name in ("form", "effort") else f"`{name}`"
+                shown = f"`{name}={getattr(self, name)!r}`" if name == "form" else f"`{name}`"
                 what = f"{shown} is not for differences to a base"
                 remedy = f"leave out {shown}, or `base`"
-                if name in {"calibration", "calibration_cache", *CALIBRATION_DETAILS}:
-                    remedy = f"leave out {shown}, or give the base as `initial`, to which changes are calibrated"
                 raise BadInput(what, option=name, remedy=remedy)
 
 
 _NOT_FOR_DIFFERENCES = (
-    *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
-    *("calibration_cache", "planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
+    *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
     *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine", "initial"),
 )
 

@@ -235,7 +235,7 @@ class Search:
         if self.caps and math.isfinite(found.menu.penalty):
             add_fewer(replace(found.menu, capped=True), _exponent(found))
         found = min(candidates, key=_loss)
-        if any(m.start is not None for m in self.weighted):
+        if any(m.start is not None and not m.only_written for m in self.weighted):
             add_fewer(replace(found.menu, started=False, capped=False), _exponent(found))
         return sorted(candidates, key=_loss)
 

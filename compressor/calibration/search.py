@@ -78,7 +78,8 @@ class PlanRequest:
     """What a plan must meet: a budget, or the ranks of a given plan; without either the default budget applies.
 
     `limit` is what a budget that limits the latency comes to. `shard_size` is the most bytes of a weight file, and
-    `provenance` is in what a file says of itself: both are part of the size that a budget is about.
+    `provenance` is in what a file says of itself: both are part of the size that a budget is about. `bytes_of` says
+    that size of what is written in another way, such as a difference.
     """
 
     budget: Budget | None = None
@@ -88,9 +89,12 @@ class PlanRequest:
     provenance: Provenance | None = None
     settings: PlanningSettings = PLANNING
     limit: TimeLimit | None = None
+    bytes_of: Callable[[Plan], int] | None = None
 
     def file_bytes(self, subject: Model, plan: Plan) -> int:
         """Size of the weight files that a plan leads to, headers included, without writing them."""
+        if self.bytes_of is not None:
+            return self.bytes_of(plan)
         rewriting = replace(subject.rewriting(plan), provenance=self.provenance)
         return compressed_artifact(rewriting, self.shard_size).bytes
 

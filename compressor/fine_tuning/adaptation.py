@@ -8,8 +8,8 @@ the base module, whose layers are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,12 +58,14 @@ class Adaptation:
     """The file of pairs that this was read from, where the pairs are there already."""
     provenance: Provenance | None = None
     """What was asked for, which the output will say."""
+    found: Mapping[str, Factors] = field(default_factory=dict)
+    """What stands for the differences of layers, by name, where it was found with the plan."""
 
     @property
     def paired(self) -> tuple[tuple[Layer, LayerPlan], ...]:
-        """The layers whose difference becomes a pair, in the order of the plan."""
+        """The layers whose difference becomes a pair, in the order of the plan; a pair of rank 0 is none."""
         layers = {layer.name: layer for layer in self.layers}
-        return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
+        return tuple((layers[each.name], each) for each in self.plan.layers if each.rank or each.quantization)
 
     @property
     def shares(self) -> dict[str, BaseShare]:
@@ -81,9 +83,11 @@ class Adaptation:
     def stored_dtype(self, layer: Layer, plan: LayerPlan) -> torch.dtype:
         """The dtype of what is stored for a layer: that of its weight, and bfloat16 of the scales of integers.
 
-        Float16, which a layer's own scales would have, is too coarse for those of small differences.
+        Float16, which a layer's own scales would have, is too coarse for those of small differences. What was found
+        with the plan has scales already, by which it was measured.
         """
-        return torch.bfloat16 if plan.quantization is not None else self.difference.tuned.tensors[layer.tensor].dtype
+        narrow = plan.quantization is not None and layer.name not in self.found
+        return torch.bfloat16 if narrow else self.difference.tuned.tensors[layer.tensor].dtype
 
     @property
     def in_full(self) -> tuple[str, ...]:
@@ -94,6 +98,8 @@ class Adaptation:
 
     def factors(self, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
         """What stands for a layer's difference, computed in float64 and rounded as it is stored, or as stored."""
+        if layer.name in self.found:
+            return self.found[layer.name]
         if self.stored is not None:
             roles = (join(layer.name, f"{factor}.weight") for factor in ("down", "up"))
             return Factors({name: self.stored.read(name) for name in roles}, math.nan)

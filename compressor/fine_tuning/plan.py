@@ -89,10 +89,14 @@ class Changes:
         )
 
     def adaptation(self, planned: tuple[LayerPlan, ...], budget: Budget) -> Adaptation:
-        """The pairs of a plan, and all else that changed."""
+        """The pairs of a plan, and all else that changed; a layer at rank 0 is left as it is in the base."""
         by = Plan(self.subject.name, self.subject.digest, budget, planned, self.advice)
         recipe, digest = self.subject.recipe, self.base_digest
-        return Adaptation(self.difference, self.layers, by, recipe, digest, provenance=self.provenance)
+        at_zero = {each.name for each in planned if each.rank == 0 and each.quantization is None}
+        left = {layer.tensor for layer in self.layers if layer.name in at_zero}
+        layers = tuple(replace(each, skip=UNCHANGED) if each.name in at_zero else each for each in self.layers)
+        difference = replace(self.difference, changed=self.difference.changed - left) if left else self.difference
+        return Adaptation(difference, layers, by, recipe, digest, provenance=self.provenance)
 
 
 def measured_changes(
@@ -205,6 +209,16 @@ def stored_changes(
     return StoredChanges(None, replace(artifact, form="module") if changes.kind == "module" else artifact, errors)
 
 
+def most_stored_bytes(changes: Changes, planned: tuple[LayerPlan, ...], budget: Budget) -> int:
+    """What is stored for the differences at the ranks of a plan, in bytes, if all biases and statistics move too."""
+    ends, tuned = ("running_mean", "running_var"), changes.difference.tuned.tensors
+    movable = {layer.bias for layer in changes.layers if layer.eligible and layer.bias is not None}
+    movable |= {name for name in tuned if name.endswith(ends)}
+    moved = replace(changes.difference, changed=changes.difference.changed | movable)
+    adaptation = replace(changes, difference=moved).adaptation(planned, budget)
+    return stored_changes(changes, adaptation).artifact.bytes
+
+
 def changed_or_skipped(layer: Layer, difference: Difference) -> Layer:
     """The layer, skipped where it is that of the base, has rows that the base has not, or can have no pair here."""
     if layer.tensor not in difference.changed:
@@ -250,6 +264,19 @@ def measured_differences(
     return measured
 
 
+def given_differences(given: Plan | str | Path) -> tuple[Plan, str]:
+    """A plan of differences and where it is from; `BadInput` where they have no such forms."""
+    edited, where = given_plan(given)
+    for layer in edited.layers:
+        if pair_name(layer.form) not in _FORMS:
+            raise BadInput(
+                f"{layer.name} is to be {layer.form}",
+                where=where,
+                remedy="a difference is stored in plain and channel pairs, or quantized without one",
+            )
+    return edited, where
+
+
 def _planned_ranks(
     changes: Changes,
     budget: Budget | None,
@@ -258,14 +285,7 @@ def _planned_ranks(
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
 ) -> tuple[Budget, tuple[LayerPlan, ...]]:
     if given is not None:
-        edited, where = given_plan(given)
-        for layer in edited.layers:
-            if pair_name(layer.form) not in _FORMS:
-                raise BadInput(
-                    f"{layer.name} is to be {layer.form}",
-                    where=where,
-                    remedy="a difference is stored in plain and channel pairs, or quantized without one",
-                )
+        edited, where = given_differences(given)
         return Budget("plan"), apply_edits(edited, changes.measured, where)
     chosen = budget or default_budget(changes.measured, changes.subject.recipe.family)
     return chosen, choose_ranks(changes.measured, chosen, "plain", file_bytes=file_bytes)

@@ -143,11 +143,12 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[st
     if m.stays_dense is not None:
         return
     ranks = m.ranks(len(m.singular_values))
-    alike = forms_alike(m.layer, request)
-    demands = form_demands(m, alike, ranks)
-    best = demands.argmin(axis=0)
-    for place, form in enumerate(alike):
-        yield form, ranks[(best == place) & np.isfinite(demands[place])]
+    if not m.only_written:
+        alike = forms_alike(m.layer, request)
+        demands = form_demands(m, alike, ranks)
+        best = demands.argmin(axis=0)
+        for place, form in enumerate(alike):
+            yield form, ranks[(best == place) & np.isfinite(demands[place])]
     for form in m.forms_apart(request):
         own = m.ranks(len(m.own_values[form]), form)
         # A size that is asked for may be met without becoming faster: such a layer takes as long as the dense one.

@@ -54,7 +54,8 @@ class MeasuredLayer:
     that truncate is multiplied by `truncation_penalty` where choices are compared; an infinite one leaves choices of
     rank 0 in other forms, and dense. `quantized` names the quantized forms that the layer may be stored in; they are
     choices where `own_errors` has their errors, without calibration in the Frobenius norm. Layers with the same name in
-    `together` run in one product, and are to have one form and rank.
+    `together` run in one product, and are to have one form and rank. Where `only_written` is set there is no choice but
+    the forms of what training wrote, and dense: what is stored is the difference to a base.
     """
 
     layer: Layer
@@ -80,6 +81,7 @@ class MeasuredLayer:
     truncation_penalty: float = 1.0
     quantized: tuple[str, ...] = ()
     together: str | None = None
+    only_written: bool = False
 
     def ranks(self, largest: int, form: str | None = None) -> npt.NDArray[np.int64]:
         """The ranks that are choices, up to the largest one; from 0 on in forms that have this rank."""
@@ -184,6 +186,8 @@ class MeasuredLayer:
 
     def _start_gains(self, form: str, pair: str, least: float) -> bool:
         """Whether a form of what training wrote errs clearly less, at some rank, than the same pair of the layer."""
+        if self.only_written:
+            return True
         written, own = self.errors(form), self.errors(pair)
         ranks = min(len(written), len(own))
         return bool((written[:ranks] < (1 - least) * own[:ranks]).any())

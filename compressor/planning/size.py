@@ -122,7 +122,8 @@ def chosen_within(
     chosen = _chosen(measured, choices, budget, seconds=seconds)
     if chosen is None:
         return None
-    if not _in_loss(measured) and any(each.started.any() for each in choices):
+    optional = any(each.started.any() for each in choices) and not any(m.only_written for m in measured)
+    if optional and not _in_loss(measured):
         chosen = _with_start_or_without(measured, choices, chosen, budget=budget, seconds=seconds)
     by_place = dict(zip(order, chosen, strict=True))
     return [by_place[place] for place in range(len(order))]
@@ -239,7 +240,7 @@ def comparable(
     """
     own = _at_even_share(measured, choices, budget)
     without = own
-    if any(of_start.any() for of_start in started):
+    if any(of_start.any() for of_start in started) and not any(m.only_written for m in measured):
         others = [Choices(each.cost[~mask], each.loss[~mask]) for each, mask in zip(choices, started, strict=True)]
         without = _at_even_share(measured, others, budget)
         own = np.minimum(own, without)

@@ -349,13 +349,11 @@ def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytes
     assert "NaN" in refused(tuned, poisoned)
     assert "no such file or folder" in refused(tuned, tmp_path / "nowhere")
     for options in (
-        ["--calibration", "x.txt", "--keep", "0.5"],
         ["--form", "pivoted"],
         ["--embeddings"],
-        ["--effort", "fast"],
-        ["--seed", "1"],
-        ["--calibration-samples", "7"],
-        ["--max-drop", "0.1"],
+        ["--prefer", "size"],
+        ["--initial", "0"],
+        ["--engine", "processes"],
         ["--max-shard-size", "1GB"],
     ):
         assert "is not for differences to a base" in refused(tuned, llama / "base", *options)

@@ -318,7 +318,7 @@ def test_what_cannot_be_is_refused_in_a_line(
         (["--base", str(wide), "--bits", "4"], "is 48 x 64, and in its base 48 x 32"),
         (["--base", str(tmp_path / "none.safetensors"), "--bits", "4"], "none.safetensors"),
         (["--base", str(base), "--plan", str(plan)], "is to be pivoted@4"),
-        (["--base", str(base), "--bits", "4", "--calibration", "text.txt"], "not for differences to a base"),
+        (["--base", str(base), "--bits", "4", "--embeddings"], "not for differences to a base"),
     ):
         capsys.readouterr()
         assert run([str(tuned), *arguments, "-o", output, "-q"]) == 2
