@@ -88,7 +88,8 @@ class TrainingRun:
     def _is_used_alone(self, layer: Layer) -> bool:
         """Whether a tensor is one matrix of one module, so that the uses of the layer are all of its uses."""
         tied = layer.is_tied or layer.tensor in self.checkpoints[0].aliases.values()
-        return layer.eligible and not tied and sorted(layer.shape) == sorted(matrix_sides(layer.tensor_shape))
+        one = layer.eligible and layer.groups == 1
+        return one and not tied and sorted(layer.shape) == sorted(matrix_sides(layer.tensor_shape))
 
     def initial_of(self, tensor: str) -> Tensor | None:
         """The initial weights of a matrix in the shape of the checkpoint, where a file can name them."""

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from compressor.errors import BadInput
+from compressor.factorize import grouped_values
 from compressor.io import open_checkpoint, require_finite
 from compressor.io.checkpoint import WEIGHT_SUFFIXES
 from compressor.io.steps import Unit, named_steps, require_other_step
 from compressor.lowrank import as_matrix
-from compressor.measure import EffectiveRanks, effective_ranks, singular_values
+from compressor.measure import EffectiveRanks, effective_ranks
 from compressor.model import Model
 from compressor.progress import Progress
 from compressor.recipe.training_files import is_training_state
@@ -96,7 +97,7 @@ def measure_series(
                 )
             weight = checkpoint.read(layer.tensor)
             require_finite(layer.tensor, weight, path)
-            values = singular_values(as_matrix(layer, weight.to(device)))
+            values = grouped_values(as_matrix(layer, weight.to(device)), layer.groups)
             ranks[layer.name].append(effective_ranks(values))
             norms[layer.name].append(math.hypot(*values))
         if progress:

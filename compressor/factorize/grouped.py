@@ -62,7 +62,9 @@ class GroupedMetric(Metric):
 
 
 def grouped_values(matrix: Tensor, groups: int) -> Spectrum:
-    """The singular values of a `d_out x d_in` matrix of so many groups, descending."""
+    """The singular values of a `d_out x d_in` matrix of so many groups, descending; of one group its own."""
+    if groups == 1:
+        return singular_values(matrix)
     return _together([singular_values(block) for block in matrix.chunk(groups)])
 
 

@@ -177,7 +177,7 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
     weight = weight.to(asked.device)
     matrix = as_matrix(layer, weight)
     if asked.precision is None:
-        values = singular_values(matrix) if layer.groups == 1 else grouped_values(matrix, layer.groups)
+        values = grouped_values(matrix, layer.groups)
     else:
         found = decompose(matrix, None, asked.precision)
         values = found.values

@@ -42,3 +42,23 @@ def test_a_matrix_in_two_places_has_no_bound(shared: str, bound: int | None, ran
         model(torch.randn(2, 40, dtype=torch.float64)).square().sum(1).mean().backward()
         optimizer.step()
     assert rank_of(model.first.weight.detach() - window.share * before) == rank
+
+
+def test_the_rows_of_a_convolution_with_groups_are_no_one_matrix() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(40, 40, 1, groups=4), nn.Tanh(), nn.Flatten(), nn.Linear(40, 40)).double()
+    opened, before = open_model(model), model[0].weight.detach().clone()
+    layers = {layer.tensor: layer for layer in opened.layers}
+    uses: dict[str, int | None] = {layer.name: 1 for layer in opened.layers}
+    run = TrainingRun([opened.checkpoint], [3], "step", layers, uses, SGD)
+    window = run.window("0.weight", 0, None)
+    assert (window.rank_bound, run.window("3.weight", 0, None).rank_bound) == (None, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 40, 1, dtype=torch.float64)).square().sum(1).mean().backward()
+        optimizer.step()
+    assert window.share is not None
+    change = (model[0].weight.detach() - window.share * before).flatten(1)
+    assert rank_of(change) == 10
+    assert {rank_of(block) for block in change.chunk(4)} == {6}

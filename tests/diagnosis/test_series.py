@@ -109,3 +109,14 @@ def test_numbers_without_a_word_are_said_to_be_taken_for_steps(
     [said] = caplog.messages
     assert "the number in model_10.pth is taken as its step" in said
     assert "epoch=10" in said
+
+
+def test_the_ranks_of_a_convolution_with_groups_are_those_of_its_groups(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 12, 3, groups=4), torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    model(torch.randn(1, 8, 3, 3))
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file(model.state_dict(), tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    [grouped, _] = measure_series(tmp_path, open_model(model), torch.device("cpu")).layers
+    assert {ranks.full for ranks in grouped.ranks} == {3}
+    assert grouped.norms[0] == pytest.approx(float(model[0].weight.detach().norm()))
