@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.forms import MARKERS, PLAIN, LowRankLinear
 from compressor.lowrank.modules import low_rank_layer, put_layer
 from compressor.network import SeparateExperts
-from compressor.network.experts import SeparateSortedExperts
+from compressor.network.experts import SeparateSortedExperts, sorted_by_expert, without_weights
 
 
 class BatchedLinear(nn.Module):
@@ -97,19 +97,18 @@ class BatchedExperts(nn.Module):
         return down(self.gating(gate(x, counts), up(x, counts)), counts)  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        chosen, choices = top_k_index.flatten(), top_k_index.shape[-1]
-        order = chosen.argsort(stable=True)
-        counts = (chosen[:, None] == torch.arange(self.layout.count, device=chosen.device)).sum(0).tolist()
-        output = self._outputs(hidden_states[order // choices], counts)
+        order, counts = sorted_by_expert(top_k_index, self.layout.count)
+        tokens = order // top_k_index.shape[-1]
+        output = self._outputs(hidden_states[tokens], counts)
         weighted = (output * top_k_weights.flatten()[order, None]).to(hidden_states.dtype)
-        return torch.zeros_like(hidden_states).index_add_(0, order // choices, weighted)
+        return torch.zeros_like(hidden_states).index_add_(0, tokens, weighted)
 
     def separate(self) -> SeparateExperts:
         """The same experts by themselves, whose weights are views of these."""
         count = self.layout.count
-        fused = vars(self)["without_weights"]
+        shell = vars(self)["without_weights"]
         kind = SeparateSortedExperts if self.layout.sorted_inputs else SeparateExperts
-        experts = kind(_with_meta_weights(self, fused), self.layout)
+        experts = kind(_with_meta_weights(self, shell), self.layout)
         for name in self.layout.names:
             layer = self.batched[name]
             for number in range(count):
@@ -151,10 +150,9 @@ def _view(layer: nn.Module, batched: BatchedLinear, number: int) -> None:
         layer.bias = nn.Parameter(batched.bias.detach()[number], batched.bias.requires_grad)
 
 
-def _with_meta_weights(experts: BatchedExperts, without_weights: nn.Module) -> nn.Module:
+def _with_meta_weights(experts: BatchedExperts, shell: nn.Module) -> nn.Module:
     """Transformers' own experts with weights of the right shapes on the meta device."""
-    fused = without_weights.__new__(type(without_weights))
-    fused.__dict__.update(without_weights.__dict__ | {"_parameters": {}})
+    fused = without_weights(shell)
     sides = {}
     for name in experts.layout.names:
         layer: Any = experts.batched[name]

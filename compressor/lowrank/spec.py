@@ -277,13 +277,16 @@ class LowRankSpec:
         stacks = document.get("stacks", [])
         if not isinstance(stacks, list):
             raise ValueError("it does not say which layers the original held in one tensor")
+        batched = document.get("batched", [])
+        if not isinstance(batched, list) or not all(isinstance(stem, str) for stem in batched):
+            raise ValueError("it does not say which experts are stored in one tensor")
         spec = cls(
             found,
             initial,
             tuple(map(str, dense)) if isinstance(dense, list) else (),
             source,
             tuple(map(Stack.from_dict, stacks)),
-            tuple(map(str, document.get("batched") or ())),
+            tuple(batched),
         )
         if without := next((each for each in spec.batched if not any(n.startswith(f"{each}.") for n in found)), None):
             raise ValueError(f"none of the layers of {without} is low-rank")

@@ -118,7 +118,7 @@ class SeparateExperts(nn.Module):
         super().__init__()
         self.layout, self.config = layout, getattr(fused, "config", None)
         # Untracked: it has no weights.
-        vars(self)["without_weights"] = shell = _without_weights(fused)
+        vars(self)["without_weights"] = shell = without_weights(fused)
         parameters = {name: fused.get_parameter(name) for name in layout.parameters}
         tensors: dict[str, dict[str, nn.Parameter]] = {}
         for name, parameter in parameters.items():
@@ -156,11 +156,9 @@ class SeparateExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
-        experts = self.experts
-        chosen, choices = top_k_index.flatten(), top_k_index.shape[-1]
-        # An accelerator waits once, for how many tokens each expert has.
-        counts = (chosen[:, None] == torch.arange(len(experts), device=chosen.device)).sum(0).tolist()
-        for expert, own in zip(experts, torch.split(chosen.argsort(stable=True), counts), strict=True):
+        experts, choices = self.experts, top_k_index.shape[-1]
+        order, counts = sorted_by_expert(top_k_index, len(experts))
+        for expert, own in zip(experts, torch.split(order, counts), strict=True):
             if not len(own):
                 continue
             tokens = own // choices
@@ -170,7 +168,7 @@ class SeparateExperts(nn.Module):
 
     def fused(self) -> nn.Module:
         """Transformers' own experts with a copy of these weights; only for experts that are `dense`."""
-        experts = _without_weights(self.without_weights)  # type: ignore[arg-type]
+        experts = without_weights(self.without_weights)  # type: ignore[arg-type]
         own = dict(self.named_parameters())
         trained = any(parameter.requires_grad for parameter in own.values())
         for name in self.layout.parameters:
@@ -207,7 +205,15 @@ class SeparateSortedExperts(SeparateExperts):
         return result.view_as(hidden_states)
 
 
-def _without_weights(module: nn.Module) -> nn.Module:
+def sorted_by_expert(top_k_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """The choices of all tokens, flattened, in the order of the experts, and how many there are of each expert."""
+    chosen = top_k_index.flatten()
+    # An accelerator waits once, for all counts.
+    counts = (chosen[:, None] == torch.arange(experts, device=chosen.device)).sum(0).tolist()
+    return chosen.argsort(stable=True), counts
+
+
+def without_weights(module: nn.Module) -> nn.Module:
     """A copy of a module that shares all but its parameters, which it does not have."""
     copied = module.__new__(type(module))
     copied.__dict__.update(module.__dict__ | {"_parameters": {}})

@@ -59,6 +59,8 @@ def test_what_is_wrong_with_a_layer_is_said_with_its_name(layer: Any, words: str
         ({"format_version": "1", "layers": {}}, "'1' is not a version"),
         ({"format_version": 5, "layers": {}}, "low-rank format 5.*upgrade it"),
         ({"format_version": 4, "layers": {}, "source_quantization": "fp8"}, "does not say how the layers are stored"),
+        ({"format_version": 4, "layers": {}, "batched": 3}, "does not say which experts"),
+        ({"format_version": 4, "layers": {}, "batched": [["experts"]]}, "does not say which experts"),
         ({"format_version": 1}, "does not say which layers are low-rank"),
         ({"format_version": 1, "layers": {"fc": GOOD}.items()}, "does not say which layers are low-rank"),
     ],
