@@ -30,6 +30,7 @@ from compressor.api.options import CompressOptions, ExportOptions, InspectOption
 from compressor.api.requests import memory_of_jobs, requested_budget
 from compressor.api.write import written
 from compressor.choices import AdapterDialect
+from compressor.encodings import is_gguf
 from compressor.engine import Engine, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import process_memory
@@ -70,7 +71,7 @@ def opened_adapter(model: ModelLike | RemoteModel, revision: str | None = None) 
         if not (model.folder / ADAPTER_CONFIG).is_file() and not any("lora" in name.lower() for name in model.files):
             return None
         checkpoint = open_checkpoint(model)
-    elif isinstance(model, str | Path):
+    elif isinstance(model, str | Path) and not is_gguf(model):
         checkpoint = open_checkpoint(local_model(model, revision))
     else:
         return None

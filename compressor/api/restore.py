@@ -15,11 +15,12 @@ from compressor.api.options import RestoreOptions
 from compressor.api.stored_base import with_base
 from compressor.api.write import written
 from compressor.archiving import archived_checkpoint, is_archive, read_index
+from compressor.encodings import read_checkpoint
 from compressor.errors import BadInput
 from compressor.fine_tuning import applied_artifact
-from compressor.io import Naming, checked_target, form_of, local_model, open_checkpoint, refuse_adapter
+from compressor.io import Naming, checked_target, form_of, local_model, refuse_adapter
 from compressor.io.output import WEIGHT_FILES
-from compressor.lowrank import restored_artifact
+from compressor.lowrank import decoded_checkpoint, restored_artifact
 from compressor.model import Model, ModelLike, given_initial, open_runnable
 from compressor.model.opened import fitting_architecture
 from compressor.network import in_natural_order, layer_name
@@ -95,7 +96,7 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
 def _restored_fine_tune(stored: Model, tuned: Model, asked: RestoreOptions, *, started: float) -> Restoration:
     """The fine-tune that a stored difference and its base make: a folder where the base is one."""
     assert asked.base is not None
-    difference, base = stored.checkpoint, open_checkpoint(local_model(asked.base))
+    difference, base = stored.checkpoint, decoded_checkpoint(read_checkpoint(local_model(asked.base)))
     if asked.factory is not None:
         fitting_architecture(tuned.checkpoint, asked.factory)
     named = Naming(form_of(base), "-restored")

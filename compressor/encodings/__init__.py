@@ -10,6 +10,7 @@ from compressor.encodings.decoding import (
     model_dtype,
 )
 from compressor.encodings.encoded import Decoder, EncodedTensor, Part, StoredTensors
+from compressor.encodings.gguf import gguf_checkpoint, is_gguf, is_of_gguf, read_checkpoint, words_of_gguf
 
 __all__ = [
     "Decoder",
@@ -20,5 +21,10 @@ __all__ = [
     "encoded_in",
     "encoded_names",
     "encoded_tensors",
+    "gguf_checkpoint",
+    "is_gguf",
+    "is_of_gguf",
     "model_dtype",
+    "read_checkpoint",
+    "words_of_gguf",
 ]

@@ -15,8 +15,8 @@ HEAD = 512
 
 _ORIGINAL = "give the PyTorch weights that it was converted from"
 _GGUF = (
-    "give the model that it was converted from, or load it with transformers, from_pretrained(folder, gguf_file=NAME),"
-    " and save_pretrained it"
+    "give the file itself where a model is asked for, or load it with transformers, from_pretrained(folder,"
+    " gguf_file=NAME), and save_pretrained it"
 )
 _UNPACK = "unpack it, and give what is in it"
 _BY_NAME = "save its arrays by name with safetensors.numpy.save_file"

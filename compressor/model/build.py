@@ -62,7 +62,7 @@ def built(factory: Callable[[], object], where: str) -> nn.Module:
     return model
 
 
-def load_transformers(folder: Path) -> nn.Module:
+def load_transformers(folder: Path, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Load a dense transformers model from a local folder, by the architecture that its config.json names.
 
     No code from the folder runs and nothing is fetched. Raises `BadInput` when the folder has no usable
@@ -72,12 +72,13 @@ def load_transformers(folder: Path) -> nn.Module:
     architecture, model_class = _model_class(folder)
     try:
         with _silent_loading():
+            given = _packed_config(folder, model_class) if state is None else _of_state(folder, model_class, state)
             model, loaded = model_class.from_pretrained(
-                folder,
+                folder if state is None else None,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **_packed_config(folder, model_class),
+                **given,
             )
     except Exception as error:
         # for each thing that can be wrong in a folder's files transformers has an exception of another kind
@@ -93,6 +94,11 @@ def load_transformers(folder: Path) -> nn.Module:
             )
     assert isinstance(model, nn.Module)
     return model
+
+
+def _of_state(folder: Path, model_class: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What loads tensors that are in no file of the folder, with its configuration."""
+    return {"config": model_class.config_class.from_pretrained(folder, local_files_only=True), "state_dict": state}
 
 
 def _packed_config(folder: Path, model_class: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
-from compressor.encodings import encoded_in, encoded_names
+from compressor.encodings import encoded_in, encoded_names, is_of_gguf, read_checkpoint, words_of_gguf
 from compressor.errors import BadInput
 from compressor.formatting import format_shape
 from compressor.initial import InitialWeights, is_record, read_kept
@@ -318,7 +318,7 @@ def open_model(
         given = with_effective_weights(given)
     # Each expert's matrices are layers of their own in memory too, as they are in the files of such models.
     separate = with_separate_experts(given) if isinstance(given, nn.Module) else given
-    checkpoint = unbatched_checkpoint(open_checkpoint(separate))
+    checkpoint = unbatched_checkpoint(read_checkpoint(separate))
     refuse_adapter(checkpoint)
     checkpoint = decoded_checkpoint(checkpoint, packed=compressed == "as stored")
     refuse_fp8(checkpoint)
@@ -353,6 +353,10 @@ def _with_pair(layer: Layer, checkpoint: Checkpoint) -> Layer:
     if (encoded := encoded_in(checkpoint, layer.tensor)) is not None:
         numbers = -(-encoded.nbytes // encoded.dtype.itemsize)
         return replace(layer, stored=StoredAs(None, None, numbers, encoded.nbytes, encoded.decoder.words))
+    if (words := words_of_gguf(checkpoint, layer.tensor)) is not None:
+        # What is written of it is dense.
+        nbytes = checkpoint.tensors[layer.tensor].nbytes
+        return replace(layer, stored=StoredAs(None, None, layer.parameters, nbytes, words))
     pair = product_in(checkpoint, layer.tensor)
     return layer if pair is None else replace(layer, stored=pair.stored_as, skip=layer.skip or pair.obstacle)
 
@@ -372,7 +376,8 @@ def open_runnable(
     """
     given = uncompiled(local_model(model, revision))
     start = None if initial is None else given_initial(initial, factory=factory)
-    checkpoint = formed_checkpoint(decoded_checkpoint(unbatched_checkpoint(open_checkpoint(given)), packed=True), start)
+    stored = unbatched_checkpoint(read_checkpoint(given))
+    checkpoint = formed_checkpoint(decoded_checkpoint(stored, packed=True), start)
     architecture = None
     if isinstance(given, nn.Module):
         architecture = module_architecture(given)
@@ -520,6 +525,8 @@ def _loaded(checkpoint: Checkpoint, architecture: Architecture | None, factory: 
         assert architecture is not None
         return fill(architecture.module, checkpoint)
     assert checkpoint.folder is not None
+    if is_of_gguf(checkpoint):
+        return load_transformers(checkpoint.folder, dict(checkpoint.stream()))
     return load_transformers(checkpoint.folder)
 
 
@@ -683,7 +690,7 @@ def given_initial(
         if is_record(source):
             numbers = None if like is None else like.checkpoint.elements
             return read_kept(source, numbers)
-        checkpoint = decoded_checkpoint(open_checkpoint(local_model(source)))
+        checkpoint = decoded_checkpoint(read_checkpoint(local_model(source)))
         architecture = like.architecture if like is not None else known_architecture(checkpoint, factory)
         return InitialWeights.from_checkpoint(checkpoint, architecture)
     except BadInput as error:
