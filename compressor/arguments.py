@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,18 @@ def as_number(value: object, option: str, *, percent: bool = False) -> float | N
         raise BadInput(
             f"`{option}` {_shown(value)} is not a number", option=option, remedy=f"give one such as {examples}"
         ) from None
+
+
+def as_numbers(value: object, option: str) -> tuple[float, ...]:
+    """Finite numbers: one, several, or text such as 0.7,0.3."""
+    parts = value.split(",") if isinstance(value, str) else value
+    listed: Sequence[Any] = parts if isinstance(parts, list | tuple) else [parts]
+    numbers = [as_number(part, option) for part in listed]
+    if not all(number is not None and math.isfinite(number) for number in numbers):
+        raise BadInput(
+            f"`{option}` {_shown(value)} is out of range", option=option, remedy="give numbers such as 0.7,0.3"
+        )
+    return tuple(number for number in numbers if number is not None)
 
 
 def as_count(value: object, option: str, *, least: int, most: int = 2**63 - 1) -> int:

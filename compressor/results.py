@@ -585,6 +585,8 @@ class Merging(DisplayedLayers):
         bytes: The size of the merged weight files.
         seconds: How long it took.
         not_copied: Files of the first folder that were not copied, each with the reason.
+        adapter: What became of adapters; None for networks. Its `error` is that of the truncation.
+        weights: What each adapter counts; empty for networks.
     """
 
     models: tuple[str, ...]
@@ -602,20 +604,24 @@ class Merging(DisplayedLayers):
     bytes: int
     seconds: float
     not_copied: tuple[NotCopied, ...] = ()
+    adapter: AdapterChange | None = None
+    weights: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         drops = "".join(
             f", {task.data}: {task.metric} {task.alone:.4g} to {task.merged:.4g}" for task in self.tasks[:3]
         )
+        what = "models" if self.adapter is None else "adapters"
         return (
-            f"<Merging of {len(self.models)} models by {self.mode} to {self.output or 'nothing'}:"
+            f"<Merging of {len(self.models)} {what} by {self.mode} to {self.output or 'nothing'}:"
             f" {format_size(self.parts_bytes)} to {format_size(self.bytes)}{drops}>"
         )
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name not in ("adapter", "weights")},
+            **({} if self.adapter is None else {"adapter": asdict(self.adapter), "weights": list(self.weights)}),
             "models": list(self.models),
             "layers": [layer.to_dict() for layer in self.layers],
             "warnings": list(self.warnings),

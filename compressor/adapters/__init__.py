@@ -3,6 +3,7 @@
 from compressor.adapters.budget import adapter_ranks, needs_spectra
 from compressor.adapters.dialects import DIALECTS, is_adapter, read_adapter
 from compressor.adapters.inspection import AdapterInspection, InspectedModule, inspected_adapter
+from compressor.adapters.merge import merged_adapter
 from compressor.adapters.module import Adapter, AdapterModule, is_magnitude
 from compressor.adapters.names import ModuleName
 from compressor.adapters.plan import ModulePlan, adapter_plan
@@ -32,6 +33,7 @@ __all__ = [
     "inspected_adapter",
     "is_adapter",
     "is_magnitude",
+    "merged_adapter",
     "module_change",
     "needs_spectra",
     "read_adapter",

@@ -47,6 +47,10 @@ class Loha:
     def is_pair(self) -> bool:
         return False
 
+    @property
+    def is_stored(self) -> bool:
+        return True
+
     def read(self) -> FactorPair:
         loaded = {name: each.read().double() for name, each in self.parts.items()}
         first, second = (_hada_pair(loaded, side) for side in "12")
@@ -91,9 +95,15 @@ class Lokr:
     def is_pair(self) -> bool:
         return False
 
+    @property
+    def is_stored(self) -> bool:
+        return True
+
     def read(self) -> FactorPair:
         loaded = {name: each.read().double() for name, each in self.parts.items()}
         first, second = _kron_pair(loaded, "1"), _kron_pair(loaded, "2")
+        # Of views kron fails.
+        first, second = (FactorPair(each.up.contiguous(), each.down.contiguous()) for each in (first, second))
         up, down = torch.kron(first.up, second.up), torch.kron(first.down, second.down)
         if up.shape[1] >= min(self.shape):
             return _as_pair(up @ down)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Literal, Protocol
 
 import torch
@@ -57,6 +57,10 @@ class Factors(Protocol):
     def is_pair(self) -> bool:
         """Whether it is stored as the two factors, and nothing else."""
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether its tensors can go along as they are."""
+
     def read(self) -> FactorPair:
         """Two matrices whose product is the update: `d_out x r` and `r x d_in`."""
 
@@ -80,6 +84,10 @@ class Lora:
     @property
     def is_pair(self) -> bool:
         return self.mid is None
+
+    @property
+    def is_stored(self) -> bool:
+        return True
 
     def read(self) -> FactorPair:
         down, up = self.down.read(), self.up.read().flatten(1)
@@ -128,7 +136,7 @@ class AdapterModule:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.factors.tensors[0].tensor.dtype
+        return reduce(torch.promote_types, (each.tensor.dtype for each in self.factors.tensors))
 
     @cached_property
     def numbers(self) -> int:

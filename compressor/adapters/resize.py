@@ -81,7 +81,7 @@ def written_modules(adapter: Adapter, ranks: Sequence[int], dialect: AdapterDial
     for module, rank in zip(adapter.modules, ranks, strict=True):
         kept = module.kept_as_it_is(rank)
         # In other names only pairs can be kept; what else there is becomes one of its full rank.
-        kept = kept and (module.factors.is_pair or dialect == adapter.dialect)
+        kept = kept and module.factors.is_stored and (module.factors.is_pair or dialect == adapter.dialect)
         of_factors = module.factors.rank if kept else min(rank, module.rank)
         found.append(WrittenModule(module, of_factors, kept, module.scale * of_factors))
     return tuple(_with_one_alpha(found, adapter) if dialect == "kohya" else found)
@@ -218,8 +218,10 @@ def _resized(job: _Job) -> _Resized:
     tensors = [(name, each.read()) for name, each in job._kept]
     pair = module.factors.read()
     if job.written.as_it_is:
-        change = ModuleChange(str(module.name), (module.scale * product_norm(pair)) ** 2, 0.0)
+        change = _kept(module, pair)
     else:
+        if pair.rank <= rank:  # factors side by side that are not truncated
+            return _Resized((*tensors, *_as_stored(module, job.names, pair)), _kept(module, pair))
         product = product_svd(pair)
         change = module_change(_spectrum(module, product), rank)
         # Times the scale that is meant over the one that alpha will stand for.
@@ -228,6 +230,10 @@ def _resized(job: _Job) -> _Resized:
     if (alpha := job._alpha) is not None and job.names.alpha is not None:
         tensors.append((job.names.alpha, alpha))
     return _Resized(tuple(tensors), change)
+
+
+def _kept(module: AdapterModule, pair: FactorPair) -> ModuleChange:
+    return ModuleChange(str(module.name), (module.scale * product_norm(pair)) ** 2, 0.0)
 
 
 def module_change(spectrum: ModuleSpectrum, rank: int | None) -> ModuleChange:

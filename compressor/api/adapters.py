@@ -18,6 +18,7 @@ from compressor.adapters import (
     adapter_spectra,
     inspected_adapter,
     is_adapter,
+    merged_adapter,
     module_change,
     needs_spectra,
     read_adapter,
@@ -26,7 +27,7 @@ from compressor.adapters import (
     written_as,
 )
 from compressor.api.option import Options
-from compressor.api.options import CompressOptions, ExportOptions, InspectOptions
+from compressor.api.options import CompressOptions, ExportOptions, InspectOptions, MergeOptions
 from compressor.api.requests import memory_of_jobs, requested_budget
 from compressor.api.write import written
 from compressor.choices import AdapterDialect
@@ -50,10 +51,11 @@ from compressor.io import (
     open_checkpoint,
 )
 from compressor.model import ModelLike
-from compressor.planning import PLANNING, Budget, Plan
+from compressor.planning import PLANNING, Budget, Plan, checked_budget
+from compressor.planning.budget import BudgetKind
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
-from compressor.results import AdapterChange, BeforeAfter, Compression, Export, Inspection
+from compressor.results import AdapterChange, BeforeAfter, Compression, Export, Inspection, Merging
 from compressor.torch_state import CPU
 
 _RESIZED_BY = frozenset({"rank", "keep", "energy", "max_size", "tolerance"})
@@ -207,6 +209,65 @@ def export_adapter(adapter: Adapter, asked: ExportOptions) -> Export:
         seconds=time.monotonic() - started,
         not_copied=made.not_copied,
     )
+
+
+def merge_adapters(models: Sequence[str | Path], opened: Sequence[Adapter | None], asked: MergeOptions) -> Merging:
+    """Add adapters of one base, each times its weight."""
+    started = time.monotonic()
+    allowed = {"output", "overwrite", "progress", "mode", "weights", *asked.adapter_budget}
+    require_adapter_options(asked, frozenset(allowed))
+    adapters = [adapter for adapter in opened if adapter is not None]
+    if len(adapters) < len(opened):
+        model = next(model for model, adapter in zip(models, opened, strict=True) if adapter is None)
+        raise BadInput("is no adapter, and others are", where=model, option="models", remedy="give adapters alone")
+    if asked.mode == "concat":
+        raise BadInput("adapters are added", option="mode", remedy="leave out `mode`")
+    weights = asked.weights or (1.0,) * len(adapters)
+    if len(weights) != len(adapters):
+        what = f"{len(weights)} weights of {len(adapters)} adapters"
+        raise BadInput(what, option="weights", remedy="give one for each, in their order")
+    merged = merged_adapter(adapters, weights)
+    budget = next((checked_budget(_budget(*each)) for each in asked.adapter_budget.items()), None)
+    first, *others = (adapter.checkpoint for adapter in adapters)
+    naming = Naming(written_as(merged, merged.dialect), "-merged")
+    target = checked_target(first, asked.output, naming, overwrite=asked.overwrite, others=others)
+    with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
+        ranks = tuple(module.rank for module in merged.modules)
+        if budget is not None:
+            ranks, _ = _ranks(merged, budget, asked.progress, engine=engine)
+        changes = _Changes(len(ranks), asked.progress)
+        artifact = resized_artifact(merged, ranks, engine=engine, done=changes)
+        with written(artifact, target) as made:
+            size = made.bytes
+    return Merging(
+        models=tuple(str(model) for model in models),
+        base=None,
+        output=str(target.path),
+        mode="sum",
+        head=asked.head,
+        inputs=None,
+        layers=(),
+        warnings=(),
+        tasks=(),
+        parts_parameters=sum(adapter.checkpoint.elements for adapter in adapters),
+        parameters=artifact.elements,
+        parts_bytes=sum(adapter.checkpoint.weight_bytes for adapter in adapters),
+        bytes=size,
+        seconds=time.monotonic() - started,
+        not_copied=made.not_copied,
+        adapter=AdapterChange(
+            merged.dialect,
+            len(ranks),
+            sum(rank < module.rank for module, rank in zip(merged.modules, ranks, strict=True)),
+            relative_error(changes.found),
+        ),
+        weights=weights,
+    )
+
+
+def _budget(name: str, value: float) -> Budget:
+    kinds: dict[str, BudgetKind] = {"rank": "rank", "energy": "energy", "keep": "keep", "max_size": "max-size"}
+    return Budget(kinds[name], value)
 
 
 def _load_words(dialect: AdapterDialect, path: str) -> str:

@@ -24,14 +24,14 @@ class CompressKeywords(TypedDict, total=False):
 
     revision: str | None
     base: ModelLike | None
+    rank: int | None
+    energy: float | str | None
     keep: float | str | None
     max_size: int | str | None
     max_latency: float | str | None
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
-    rank: int | None
-    energy: float | str | None
     bits: int | str | Sequence[int] | None
     batch: int | str | Sequence[int] | None
     prefer: Literal["speed", "size"] | None
@@ -94,14 +94,14 @@ class PlanKeywords(TypedDict, total=False):
 
     revision: str | None
     base: ModelLike | None
+    rank: int | None
+    energy: float | str | None
     keep: float | str | None
     max_size: int | str | None
     max_latency: float | str | None
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
-    rank: int | None
-    energy: float | str | None
     bits: int | str | Sequence[int] | None
     batch: int | str | Sequence[int] | None
     prefer: Literal["speed", "size"] | None
@@ -207,7 +207,12 @@ class MergeKeywords(TypedDict, total=False):
     max_shard_size: int | str | None
     progress: Progress | None
     device: str | None
-    mode: Literal["sum", "concat"]
+    rank: int | None
+    energy: float | str | None
+    mode: Literal["sum", "concat"] | None
+    weights: float | str | Sequence[float] | None
+    keep: float | str | None
+    max_size: int | str | None
     head: Literal["shared", "separate"] | None
     base: str | Path | None
     data: Sequence[DataLike] | None

@@ -12,6 +12,7 @@ from compressor.arguments import (
     as_count,
     as_counts,
     as_number,
+    as_numbers,
     as_patterns,
     as_ratio,
     as_size,
@@ -209,7 +210,7 @@ def _named_device(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _joined(value: Sequence[int]) -> str:
+def _joined(value: Sequence[float]) -> str:
     return ",".join(map(str, value))
 
 
@@ -294,6 +295,7 @@ def count(least: int, most: int = 2**63 - 1) -> Kind:
 
 SWITCH = Kind("bool", _switch, shell=bool, switch=True)
 NUMBER = Kind("float", as_number, shell=float)
+NUMBERS = Kind("float | str | Sequence[float]", as_numbers, metavar="X,X", plain=_joined)
 SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
 RATIO = Kind("float | str", as_ratio, metavar="RATIO")
 COUNTS = Kind("int | str | Sequence[int]", partial(as_counts, least=1), metavar="N,N", plain=_joined)

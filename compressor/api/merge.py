@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+from compressor.api.adapters import merge_adapters, opened_adapter
 from compressor.api.keywords import MergeKeywords
 from compressor.api.option import verb
 from compressor.api.options import MergeOptions
 from compressor.api.stored_base import with_base
 from compressor.api.write import written
+from compressor.choices import MergeMode
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
 from compressor.io import Naming, Target, checked_target, form_of
@@ -39,8 +41,11 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
     network, overlap is measured on it, and each task's metric before and after. Files give a safetensors file and
     folders a folder.
 
+    LoRA adapters of one base are added, each times its weight, in the names of the first: their factors are put side by
+    side, and truncated where a `rank`, `energy`, `keep`, or `max_size` is asked for.
+
     Args:
-        models: Two or more weight files, or model folders.
+        models: Two or more weight files, model folders, or adapters.
         options: The options as an object; keywords take precedence.
 
     Returns:
@@ -56,10 +61,14 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
     started = time.monotonic()
     asked = MergeOptions.of(options, given)
     _require_several(models, asked)
+    adapters = [opened_adapter(model) for model in models]
+    if any(adapter is not None for adapter in adapters):
+        return merge_adapters(models, adapters, asked)
+    mode = _mode_of_networks(asked)
     device = resolve_device(asked.device)
     networks = tuple(_opened_part(model, asked) for model in models)
     base = None if asked.base is None else open_part(asked.base, asked.factory)
-    combination = combined(networks, base, asked.mode, head=asked.head, factory=asked.factory)
+    combination = combined(networks, base, mode, head=asked.head, factory=asked.factory)
     target = _target(combination, asked)
     tasks = [open_task(part, data, asked.data_samples) for part, data in zip(networks, asked.data, strict=False)]
     overlaps, cosine = layer_overlaps(combination, tasks, device=device, progress=asked.progress)
@@ -68,7 +77,7 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
         models=tuple(str(model) for model in models),
         base=None if asked.base is None else str(asked.base),
         output=None,
-        mode=asked.mode,
+        mode=mode,
         head=asked.head,
         inputs=input_overlap(combination, tasks),
         layers=overlaps,
@@ -89,6 +98,18 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
             raise MergeRefused(lost, merging)
     seconds = time.monotonic() - started
     return replace(merging, output=str(target.path), seconds=seconds, not_copied=made.not_copied)
+
+
+def _mode_of_networks(asked: MergeOptions) -> MergeMode:
+    """How networks are merged; `BadInput` where it is not said, or what is asked makes sense of adapters alone."""
+    for name in ("weights", *asked.adapter_budget):
+        if name in asked.given:
+            what = f"`{name}` is about adapters, and these are networks"
+            raise BadInput(what, option=name, remedy=f"leave out `{name}`")
+    if asked.mode is None:
+        remedy = "give `mode='sum'` or `mode='concat'`"
+        raise BadInput("how networks are merged is not said", option="mode", remedy=remedy)
+    return asked.mode
 
 
 def _opened_part(model: str | Path, asked: MergeOptions) -> Part:

@@ -27,6 +27,7 @@ from compressor.api.kinds import (
     METRIC,
     MODEL,
     NUMBER,
+    NUMBERS,
     PATH,
     PATTERNS,
     PLAN,
@@ -313,7 +314,20 @@ class OutputOptions(OverwriteOptions):
 
 
 @options
-class BudgetOptions(Options):
+class RankOptions(Options):
+    """How much of an adapter is kept."""
+
+    rank: int | None = option("Of an adapter: the largest rank of each module.", count(1), panel=BUDGET)
+    energy: float | None = option(
+        "Of an adapter: the share of the energy, the sum of squared singular values, that each module keeps, such as "
+        "0.9 or 90%.",
+        SHARE,
+        panel=BUDGET,
+    )
+
+
+@options
+class BudgetOptions(RankOptions):
     """How much is removed: one of them, or a size with `max_latency`, and beside either of these a `max_drop`."""
 
     keep: float | None = option(
@@ -338,13 +352,6 @@ class BudgetOptions(Options):
     )
     tolerance: float | None = option("Relative error per layer, such as 0.05 or 5%.", SHARE, panel=BUDGET)
     plan: Plan | Path | None = option("The ranks of an edited 'compress plan' file.", PLAN, panel=BUDGET)
-    rank: int | None = option("Of an adapter: the largest rank of each module.", count(1), panel=BUDGET)
-    energy: float | None = option(
-        "Of an adapter: the share of the energy, the sum of squared singular values, that each module keeps, such as "
-        "0.9 or 90%.",
-        SHARE,
-        panel=BUDGET,
-    )
 
 
 @options
@@ -821,7 +828,7 @@ class ExploreOptions(ProgressOptions, OverwriteOptions):
 
 
 @options
-class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
+class MergeOptions(RankOptions, RunOptions, OutputOptions, ArchitectureOptions):
     """What can be asked of `merge`."""
 
     verb = "merge"
@@ -831,11 +838,17 @@ class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
         def __init__(self, **given: Unpack[MergeKeywords]) -> None: ...
 
     output: Path = option("File or folder to write.", PATH, MISSING, short="-o", repeatable=False)
-    mode: MergeMode = option(
-        "sum: add the weights, for weight decay and nearly orthogonal inputs. concat: side by side, safe.",
+    mode: MergeMode | None = option(
+        "sum: add the weights, for weight decay and nearly orthogonal inputs. concat: side by side, safe. Adapters are "
+        "added.",
         choice(MergeMode),
-        MISSING,
+        default_text="sum of adapters; of networks it must be given",
     )
+    weights: tuple[float, ...] = option(
+        "Of adapters: what each counts, in their order.", NUMBERS, (), default_text="1 each"
+    )
+    keep: float | None = option("Of adapters: the fraction of the numbers of all of them to keep.", SHARE, panel=BUDGET)
+    max_size: int | None = option("Of adapters: size of the weight file.", SIZE, panel=BUDGET)
     head: Head = option(
         "With concat, whether the outputs are added or put one after the other.", choice(Head), "shared"
     )
@@ -854,7 +867,16 @@ class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
         "Write nothing if a task loses more: a fraction of accuracy, or an increase in perplexity.", NUMBER
     )
 
+    @property
+    def adapter_budget(self) -> Mapping[str, float]:
+        """The budgets that are asked of merged adapters."""
+        return {name: getattr(self, name) for name in ("rank", "energy", "keep", "max_size") if name in self.given}
+
     def check(self) -> None:
+        if len(self.adapter_budget) > 1:
+            names = " and ".join(f"`{name}`" for name in self.adapter_budget)
+            option = next(iter(self.adapter_budget))
+            raise BadInput(f"{names} are several budgets", option=option, remedy="ask for one of them")
         if self.mode == "sum" and self.head == "separate":
             what, remedy = "a sum has one head", "leave out `head`, or merge with `mode='concat'`"
             raise BadInput(what, option="head", remedy=remedy)

@@ -21,7 +21,7 @@ from compressor.report.wording import budget_words, error_words
 
 if TYPE_CHECKING:
     from compressor.planning import Budget
-    from compressor.results import AdapterChange, Compression, Inspection
+    from compressor.results import AdapterChange, Compression, Inspection, Merging
 
 MOST_ROWS = 40
 DIALECTS = {"peft": "PEFT", "kohya": "kohya's scripts", "diffusers": "diffusers"}
@@ -51,6 +51,21 @@ def adapter_page(compression: Compression, adapter: AdapterChange) -> Page:
     output = compression.output or "nothing was written"
     parts.append(Facts.of(("output", output), *pushed, ("took", effort)))
     return Page(tuple(parts))
+
+
+def merged_adapters_page(merging: Merging, adapter: AdapterChange) -> Page:
+    """The page of `compress merge ADAPTER ADAPTER`: what was added, the sizes, and where it is."""
+    named = zip(merging.models, merging.weights, strict=True)
+    models = [(f"adapter {at}", f"{model}, weight {weight:g}") for at, (model, weight) in enumerate(named, start=1)]
+    lost = [] if adapter.error is None else [("error", f"{error_words(adapter.error, 3)} of their sum")]
+    rows = [
+        compared("parameters", format_count, before=merging.parts_parameters, after=merging.parameters),
+        compared("weight files", format_size, before=merging.parts_bytes, after=merging.bytes),
+    ]
+    truncated = f"{adapter.modules:,} modules, {adapter.resized:,} truncated"
+    facts = Facts.of(*models, ("merged", f"in the names of {DIALECTS[adapter.dialect]}: {truncated}"), *lost)
+    output = merging.output or "nothing was written"
+    return Page((facts, side_by_side(rows), Facts.of(("output", output), ("took", format_seconds(merging.seconds)))))
 
 
 def adapter_inspection_page(inspection: Inspection, adapter: AdapterInspection) -> Page:

@@ -18,7 +18,7 @@ from compressor.formatting import (
     format_size,
     one_line,
 )
-from compressor.report.adapters import adapter_inspection_page, adapter_page
+from compressor.report.adapters import adapter_inspection_page, adapter_page, merged_adapters_page
 from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
 from compressor.report.comparison import Comparison, compared, compression_rows, eligible_words, evaluation_rows
 from compressor.report.initial_words import (
@@ -351,6 +351,8 @@ def export_page(export: Export) -> Page:
 
 def merging_page(merging: Merging) -> Page:
     """What `compress merge` measured before merging, the change of each task, and the output."""
+    if merging.adapter is not None:
+        return merged_adapters_page(merging, merging.adapter)
     how = merging.mode if merging.mode == "sum" else f"concat, {merging.head} head"
     names = [(f"model {number}", model) for number, model in enumerate(merging.models, start=1)]
     facts = [*names, *([("base", merging.base)] if merging.base is not None else []), ("mode", how)]
