@@ -122,7 +122,7 @@ def quantized(
     """A matrix quantized as it is stored."""
     if isinstance(metric, GroupedMetric):
         quantize = partial(quantized, quantization=quantization, settings=settings)
-        return _one_below_another([quantize(*each) for each in _blocks(matrix, metric)])
+        return _joined_quantized_rows([quantize(*each) for each in _blocks(matrix, metric)])
     fitted = quantization.fitted(matrix.shape[1])
     if metric is None or matrix.numel() == 0:
         return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16, settings=settings)
@@ -135,7 +135,7 @@ def quantized_for_errors(
     """A matrix with an error of that size, in less time."""
     if isinstance(metric, GroupedMetric):
         quantize = partial(quantized_for_errors, quantization=quantization, settings=settings)
-        return _below_another([quantize(*each) for each in _blocks(matrix, metric)])
+        return _joined_rows([quantize(*each) for each in _blocks(matrix, metric)])
     if metric is None or matrix.numel() == 0 or quantization.bits < settings.simulated_bits:
         return quantized(matrix, metric, quantization=quantization, settings=QuantizationSettings(rounds=0))
     return simulated(matrix, quantization.fitted(matrix.shape[1]), metric)
@@ -147,15 +147,16 @@ def _blocks(matrix: Tensor, metric: GroupedMetric) -> Iterator[tuple[Tensor, Met
     yield from zip(matrix.chunk(len(blocks)), blocks, strict=True)
 
 
-def _below_another(parts: Sequence[QuantizedMatrix | SimulatedMatrix]) -> QuantizedMatrix | SimulatedMatrix:
-    """The matrix whose rows are those of several with as many columns, in turn."""
+def _joined_rows(parts: Sequence[QuantizedMatrix | SimulatedMatrix]) -> QuantizedMatrix | SimulatedMatrix:
+    """One matrix with the rows of all; simulated where any of them is."""
     whole = [part for part in parts if isinstance(part, QuantizedMatrix)]
     if len(whole) < len(parts):
         return SimulatedMatrix(torch.cat([part.product() for part in parts]))
-    return _one_below_another(whole)
+    return _joined_quantized_rows(whole)
 
 
-def _one_below_another(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+def _joined_quantized_rows(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """One matrix with the rows of all, which have the same quantization."""
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
     return QuantizedMatrix(
         parts[0].quantization,
@@ -216,7 +217,7 @@ def grouped_parts(
         plain_parts("convolution", own, block, metric=of_block, quantize=quantize)
         for own, block, of_block in zip(pair.pairs, blocks, metrics, strict=True)
     ]
-    return {name: _below_another([parts[name] for parts in found]) for name in ("down.weight", "up.weight")}
+    return {name: _joined_rows([parts[name] for parts in found]) for name in ("down.weight", "up.weight")}
 
 
 def pivoted_parts(
