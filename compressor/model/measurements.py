@@ -247,7 +247,7 @@ def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) 
 def _surviving(asked: _Measurement, values: NDArray[np.float64]) -> SurvivingInitialization:
     """How much of its initialization a layer keeps, and what stands above it.
 
-    Of a convolution with groups the second is not known: its values are of all groups together, and one of them may have
+    Of a convolution with groups the second is not known: its values are of all groups together, and one group may have
     learned what does not show in these.
     """
     layer = asked.layer
