@@ -38,6 +38,7 @@ from compressor.io import (
     Artifact,
     Checkpoint,
     Document,
+    Stack,
     TensorInfo,
     hub_model,
     require_in_range,
@@ -111,6 +112,18 @@ def adaptable_layers(
         else layer
         for layer in layers
     )
+
+
+def require_no_fused_experts(difference: Difference, stacks: Sequence[Stack]) -> None:
+    """Raise `BadInput` where a tensor changed that holds experts in the files: no adapter is written for these."""
+    for stack in stacks:
+        if not difference.changed.isdisjoint(stack.names()):
+            raise BadInput(
+                f"the experts in {stack.tensor} have changed, and a LoRA adapter is only written for experts that files"
+                " hold one by one",
+                where=difference.tuned.source,
+                remedy=REMEDY,
+            )
 
 
 def _strange_convolution(name: str, modules: Mapping[str, nn.Module]) -> bool:

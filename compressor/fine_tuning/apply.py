@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from compressor.forms import quantization_of
 from compressor.io import Artifact, Checkpoint, TensorInfo, portable_config, require_in_range
 from compressor.io.tensors import StoredTensor
 from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
+from compressor.lowrank.stacked import put_together, put_together_infos
 from compressor.lowrank.stored_pairs import damaged
 from compressor.model import Model
 from compressor.network import find_layers
@@ -106,11 +107,17 @@ def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Ar
 
     Where tokens were added the configuration counts them; the tokenizer is that of the base, which lacks them.
     """
-    counts = _tokens(tuned, base)
+    counts, held = _tokens(tuned, base), {stack.tensor: stack for stack in tuned.stacks}
+    infos = put_together_infos(tuned, tuned.tensors, tuned.stacks)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, info in infos.items():
+            yield name, put_together(held[name], info, tuned.read) if name in held else tuned.read(name)
+
     return Artifact(
         form=base.form,
-        infos=list(tuned.tensors.values()),
-        tensors=tuned.stream,
+        infos=list(infos.values()),
+        tensors=tensors,
         metadata={"format": "pt"},
         shard_size=shard_size if base.folder is not None else None,
         companions_of=base,

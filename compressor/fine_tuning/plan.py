@@ -19,6 +19,7 @@ from compressor.fine_tuning.adapter import (
     adaptable_layers,
     adapter_artifact,
     adapter_of,
+    require_no_fused_experts,
 )
 from compressor.fine_tuning.difference import Difference, compare_checkpoints
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
@@ -113,12 +114,13 @@ def measured_changes(
     `quantized` are the quantized forms that they may be stored in, by the names of the layers. Raises `BadInput` where
     they cannot be compared, or no layer that changed is eligible.
     """
-    start = with_ties(base.checkpoint, subject.architecture)
+    start = with_ties(base.checkpoint.apart_like(subject.checkpoint), subject.architecture)
     # PEFT adds to all of the base.
     to_all = kind == "adapter"
     difference = compare_checkpoints(subject.checkpoint, start, subject.recipe, to_all=to_all, progress=run.progress)
     layers = tuple(changed_or_skipped(layer, difference) for layer in subject.layers)
     if kind == "adapter":
+        require_no_fused_experts(difference, subject.checkpoint.stacks)
         layers = adaptable_layers(difference, subject.architecture, layers)
     forms = {name: tuple(each for each in own if pair_name(each) in _FORMS) for name, own in quantized.items()}
     _require_eligible(layers, subject.name)

@@ -153,6 +153,14 @@ class Checkpoint:
         stored = {**self._stored, **{name: each for own in parts.values() for name, each in own.items()}}
         return replace(self, tensors=tensors, _stored=stored)
 
+    def apart_like(self, other: Checkpoint) -> Checkpoint:
+        """The same with those tensors taken apart that hold several layers in another checkpoint."""
+        stacks = [stack for stack in other.stacks if self._holds(stack)]
+        return self.taken_apart(stacks).stacked(stacks, self)
+
+    def _holds(self, stack: Stack) -> bool:
+        return stack.tensor in self.tensors and stack.fits(self.tensors[stack.tensor].shape)
+
     def stacked(self, stacks: Sequence[Stack], wholes: Checkpoint) -> Checkpoint:
         """The same, knowing the tensors that hold several of its own, which another checkpoint has."""
         own = {stack.tensor: wholes._stored[stack.tensor] for stack in stacks}
