@@ -115,6 +115,11 @@ class StoredTensors:
         method = self.said.get("quant_method")
         return method if isinstance(method, str) else ""
 
+    @staticmethod
+    def below(layer: str, name: str) -> str:
+        """The name of a tensor of a layer, whose own name may be empty."""
+        return f"{layer}.{name}" if layer else name
+
     def part(self, name: str) -> Part | None:
         """A tensor by its name; None where there is none."""
         return Part(name, self.tensors[name]) if name in self.tensors else None

@@ -75,7 +75,7 @@ def scaled_floats(file: StoredTensors) -> Iterator[EncodedTensor]:
             raise file.misfit(name, weight, scale)
         kind = "FP8 " + str(stored.dtype).removeprefix("torch.float8_").upper().removesuffix("FN")
         layer = name.rpartition(".")[0]
-        beside = file.parts([f"{layer}.{each}" if layer else each for each in _BESIDE])
+        beside = file.parts([file.below(layer, each) for each in _BESIDE])
         decoder = ScaledFloats(kind, block, stored.shape)
         yield EncodedTensor(name, stored.shape, file.dtype, decoder, (weight, scale), beside)
 

@@ -156,14 +156,14 @@ def gptq_and_awq(file: StoredTensors) -> Iterator[EncodedTensor]:
         layer, _, last = name.rpartition(".")
         if last != "qweight":
             continue
-        weight = f"{layer}.weight" if layer else "weight"
+        weight = file.below(layer, "weight")
         packed, zeros, scales, order = (
-            file.part(f"{layer}.{each}" if layer else each) for each in ("qweight", "qzeros", "scales", "g_idx")
+            file.part(file.below(layer, each)) for each in ("qweight", "qzeros", "scales", "g_idx")
         )
         assert packed is not None
         for part, missing in ((zeros, "qzeros"), (scales, "scales")):
             if part is None:
-                raise file.missing(weight, f"{layer}.{missing}")
+                raise file.missing(weight, file.below(layer, missing))
         assert zeros is not None
         assert scales is not None
         _require_packed(file, weight, (packed, zeros, scales))

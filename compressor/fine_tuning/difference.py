@@ -179,9 +179,7 @@ def _extended(base: Checkpoint, vocabulary: Vocabulary | None) -> Checkpoint:
     if vocabulary is None:
         return base
     names = {base.aliases.get(name, name) for name in vocabulary.tensors}
-    longer = {name: _Extended(base.stored(name), vocabulary.after) for name in names}
-    infos = {name: TensorInfo(name, each.shape, each.dtype) for name, each in longer.items()}
-    return replace(base, tensors={**base.tensors, **infos}, _stored={**base._stored, **longer})
+    return base.changed({name: _Extended(base.stored(name), vocabulary.after) for name in names})
 
 
 def _base_share(new: Tensor, old: Tensor, recipe: TrainingRecipe, *, to_all: bool) -> BaseShare | None:

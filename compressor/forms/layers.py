@@ -142,10 +142,11 @@ def written_beside(input: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return columns
 
 
-def embedding_scale(dense: nn.Embedding) -> tuple[float, bool]:
+def lookup_scale(dense: nn.Embedding) -> tuple[float, bool]:
     """The factor of an embedding that scales the rows that it looks up, and whether it is rounded to their dtype.
 
-    It is 1 of others. Classes that scale have it as `embed_scale`, and round it where that is a buffer.
+    It is 1 of others. Classes that scale have it as `embed_scale`, and round it where that is a buffer. This is not
+    `network.embedding_scale`, because exported folders have this code where the package is not.
     """
     value = getattr(dense, "scalar_embed_scale", getattr(dense, "embed_scale", 1.0))
     return float(value), "embed_scale" in dense._buffers

@@ -16,9 +16,9 @@ from compressor.forms.layers import (
     MARKERS,
     LayerPair,
     applied,
-    embedding_scale,
     is_lookup,
     linear_sides,
+    lookup_scale,
     scaled,
     unfilled,
 )
@@ -57,7 +57,7 @@ class LowRankEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.rank = dense.num_embeddings, dense.embedding_dim, rank
         self.padding_idx = dense.padding_idx
-        self.scale, self.scale_rounds = embedding_scale(dense)
+        self.scale, self.scale_rounds = lookup_scale(dense)
         factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
         self.down = unfilled(
             nn.Embedding,

@@ -18,10 +18,10 @@ from compressor.forms.layers import (
     TransposedConvolution,
     applied,
     copy_geometry,
-    embedding_scale,
     is_lookup,
     kind_name,
     linear_sides,
+    lookup_scale,
     scaled,
 )
 from compressor.quantize.packing import pack, packed_width, unpack
@@ -271,7 +271,7 @@ class QuantizedEmbedding(QuantizedWeight):
         super().__init__(tuple(dense.weight.shape), like=dense.weight, **quantization)
         self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
         self.padding_idx = dense.padding_idx
-        self.scale, self.scale_rounds = embedding_scale(dense)
+        self.scale, self.scale_rounds = lookup_scale(dense)
 
     def forward(self, input: Tensor) -> Tensor:
         vectors = self.dequantized(input.flatten()).reshape(*input.shape, -1)
