@@ -64,8 +64,14 @@ def in_segments(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("runs", [measured, by_a_metric, timed, in_segments])
 def test_it_is_given_back_between_batches(runs: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[int]()
-    monkeypatch.setattr(FreedMemory, "give_back", lambda _: asked.append(1))
+    asked, freed = list[int](), freed_memory()
+
+    def resident() -> int:
+        asked.append(1)
+        return 0
+
+    monkeypatch.setattr(freed, "resident", resident)
+    monkeypatch.setattr(freed, "give", lambda: None)
     runs(nn.Linear(3, 2))
     assert len(asked) >= BATCHES
 
