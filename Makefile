@@ -49,7 +49,7 @@ coverage: .venv/dev
 # The tests of what meets those packages most closely.
 test-oldest: BIN := .venv-oldest/bin
 test-oldest: .venv-oldest/dev
-	$(PYTEST) tests/io tests/network tests/engine tests/initial tests/lowrank tests/exporting tests/fine_tuning tests/report
+	$(PYTEST) tests/io tests/network tests/engine tests/initial tests/lowrank tests/exporting tests/fine_tuning tests/adapters tests/report
 
 lint: .venv/dev
 	$(BIN)/ruff check .
