@@ -33,10 +33,7 @@ from compressor.io import SafetensorsWriter, TensorInfo, open_checkpoint
 RESULT = Path(__file__).parent / "results" / "adapters.json"
 MODULES, RANK, SMALL = 3156, 128, 16
 WIDTHS, CONTEXT = (320, 640, 1280), 768
-RUNS = {
-    f"--rank {SMALL}": ["--rank", str(SMALL)],
-    "--keep 0.125": ["--keep", "0.125"],
-}
+RUNS = {f"--rank {SMALL}": ["--rank", str(SMALL)]}
 
 
 def shapes() -> Iterator[tuple[str, int, int]]:
@@ -137,11 +134,9 @@ def main() -> None:
         file = asked.adapter or Path(folder) / "adapter.safetensors"
         if asked.adapter is None:
             make(file)
-        runs, smallest = {}, Path(folder) / "small.safetensors"
-        for name, arguments in RUNS.items():
-            written = smallest if name == f"--rank {SMALL}" else Path(folder) / "other.safetensors"
-            runs[name] = resized(file, written, arguments)
-        differences = exactness(file, smallest)
+        small = Path(folder) / "small.safetensors"
+        runs = {name: resized(file, small, arguments) for name, arguments in RUNS.items()}
+        differences = exactness(file, small)
     document = {
         "modules": MODULES,
         "rank": RANK,

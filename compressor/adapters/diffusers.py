@@ -1,7 +1,7 @@
 """Adapters in the names of diffusers: one file, and the part of the pipeline before each name.
 
-Their scale is one, unless the header of the file holds the configuration of PEFT, which diffusers writes and reads from
-0.35 on, or an alpha lies beside the factors. Names of other tools with dots, such as `diffusion_model.`, are read too.
+Their scale is one, unless the header of the file holds the configuration of PEFT, which diffusers writes and
+reads, or an alpha lies beside the factors. Names of other tools with dots, such as `diffusion_model.`, are read too.
 Source: https://github.com/huggingface/diffusers (`loaders/lora_base.py`, `utils/peft_utils.py`).
 """
 
