@@ -22,9 +22,10 @@ from compressor.engine import InProcess, Run
 from compressor.errors import BadInput
 from compressor.evaluation import free_memory, resident_memory
 from compressor.evaluation.metrics import SCORED_AT_ONCE
-from compressor.factorize import working_bytes
+from compressor.factorize import product_bytes, working_bytes
 from compressor.formatting import format_size
 from compressor.io import Checkpoint
+from compressor.lowrank import stored_infos
 from compressor.network import Layer
 from compressor.planning import Budget, Plan
 from compressor.progress import Step
@@ -75,6 +76,7 @@ class ModelSize:
         blocks: The eligible layers of each block of the longest chain.
         others: The eligible layers outside of it.
         kept: The share of their parameters that is expected to remain; 1 where the request does not say.
+        stored: Bytes of the tensors in the files, where some layers are not dense in them.
     """
 
     dense: int
@@ -82,6 +84,7 @@ class ModelSize:
     blocks: Sequence[Sequence[Layer]]
     others: Sequence[Layer] = ()
     kept: float = 1.0
+    stored: int | None = None
 
     def kept_by(self, budget: Budget | None, plan: object) -> ModelSize:
         """The same with the share that a request leaves, where it says."""
@@ -91,7 +94,7 @@ class ModelSize:
         elif budget is not None and budget.value is not None and budget.kind == "keep":
             kept = budget.value
         elif budget is not None and budget.value is not None and budget.kind == "max-size" and self.eligible:
-            kept = min(1.0, max(0.0, (budget.value - self.dense) / self.eligible + 1))
+            kept = min(1.0, max(0.0, (budget.value - self.in_files) / self.stored_eligible + 1))
         return replace(self, kept=kept)
 
     @property
@@ -117,7 +120,21 @@ class ModelSize:
     @property
     def factors(self) -> int:
         """Bytes of what becomes of them."""
-        return round(self.kept * self.eligible)
+        return round(self.kept * self.stored_eligible)
+
+    @property
+    def in_files(self) -> int:
+        """Bytes of the tensors in the files."""
+        return self.dense if self.stored is None else self.stored
+
+    @property
+    def stored_eligible(self) -> int:
+        """Bytes that the eligible layers take as they are."""
+        own = (None if layer.stored is None else layer.stored.nbytes for layer in self.layers)
+        return sum(
+            self.itemsize * layer.parameters if nbytes is None else nbytes
+            for layer, nbytes in zip(self.layers, own, strict=True)
+        )
 
 
 def model_size(checkpoint: Checkpoint, eligible: Sequence[Layer], blocks: Sequence[str]) -> ModelSize:
@@ -129,6 +146,7 @@ def model_size(checkpoint: Checkpoint, eligible: Sequence[Layer], blocks: Sequen
         itemsize=max((checkpoint.tensors[layer.tensor].dtype.itemsize for layer in eligible), default=0),
         blocks=inside,
         others=[layer for layer in eligible if layer.name not in found],
+        stored=sum(info.nbytes for info in stored_infos(checkpoint)),
     )
 
 
@@ -198,7 +216,7 @@ class CalibrationSize:
 
 def output_bytes(model: ModelSize) -> int:
     """Bytes of the weight files: what is not compressed, and the factors."""
-    return model.dense - model.eligible + model.factors
+    return model.in_files - model.stored_eligible + model.factors
 
 
 def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> int:
@@ -260,7 +278,7 @@ class Held:
 def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: Held) -> int:
     """Most bytes of memory at a time beside the libraries."""
     if calibration is None:
-        return held.freed + max(held.calibrating + factorization_bytes(model, held), held.compared)
+        return held.freed + max(held.calibrating + factorization_bytes(model, held, multiplied=False), held.compared)
     calibrating = calibration_bytes(model, calibration)
     workers = 0 if calibration.slices is None else calibration.slices.at_once * (model.streamed + calibrating)
     # A size is planned, and then measured with its factors in memory.
@@ -269,11 +287,19 @@ def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: He
     return held.freed + max(held.calibrating + work, held.compared)
 
 
-def factorization_bytes(model: ModelSize, held: Held) -> int:
-    """Of the largest layers, as many as are worked on at a time, or of the largest alone where it takes more."""
-    largest = sorted((working_bytes(layer.shape) for layer in model.layers), reverse=True)
+def factorization_bytes(model: ModelSize, held: Held, *, multiplied: bool = True) -> int:
+    """Of the largest layers, as many as are worked on at a time, or of the largest alone where it takes more.
+
+    With `multiplied`, layers that are pairs already are multiplied out.
+    """
+    largest = sorted((_working_bytes(layer, multiplied=multiplied) for layer in model.layers), reverse=True)
     together = sum(largest[: held.jobs])
     return together if held.jobs_memory is None else max(*largest[:1], min(together, held.jobs_memory), 0)
+
+
+def _working_bytes(layer: Layer, *, multiplied: bool) -> int:
+    rank = None if layer.stored is None else layer.stored.rank
+    return working_bytes(layer.shape) if multiplied or rank is None else product_bytes(layer.shape, rank)
 
 
 def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:

@@ -32,10 +32,10 @@ from compressor.data import Batch, EvaluationData
 from compressor.engine import InProcess, Run, processors
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
-from compressor.factorize import FactorizationSettings, GroupedMetric, Metric, grouped_values
+from compressor.factorize import FactorizationSettings, GroupedMetric, Metric, grouped_values, product_svd
 from compressor.forms import DENSE, FORMS, pair_name, pair_of, quantization_of
 from compressor.io import Checkpoint
-from compressor.lowrank import as_matrix
+from compressor.lowrank import as_matrix, product_in
 from compressor.model import evaluation_mode
 from compressor.model.inference import forward_call
 from compressor.network import Layer
@@ -92,6 +92,10 @@ def timed_decompositions(checkpoint: Checkpoint, layers: Sequence[Layer], device
     """The seconds that the singular values of each layer are expected to take, by those of the one in the middle."""
     costs = tuple(map(_multiplications, layers))
     middle = sorted(layers, key=_multiplications)[len(layers) // 2]
+    if (pair := product_in(checkpoint, middle.tensor)) is not None:
+        factors = pair.factors()
+        rate = _least_seconds(lambda: product_svd(factors).spectrum, device) / _multiplications(middle)
+        return tuple(rate * cost for cost in costs)
     matrix = as_matrix(middle, checkpoint.read(middle.tensor).to(device))
     if not torch.isfinite(matrix).all():
         return costs
@@ -104,6 +108,8 @@ def _elements(layer: Layer) -> float:
 
 
 def _multiplications(layer: Layer) -> float:
+    if layer.stored is not None and layer.stored.rank is not None:
+        return float(sum(layer.shape) * layer.stored.rank**2)
     return float(layer.shape[0] * layer.shape[1] * min(layer.block_shape))
 
 

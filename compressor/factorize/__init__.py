@@ -9,7 +9,7 @@ from compressor.factorize.grouped import (
     grouped_values,
 )
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
-from compressor.factorize.product import ProductSVD, product_difference, product_norm, product_svd
+from compressor.factorize.product import ProductSVD, product_bytes, product_difference, product_norm, product_svd
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.tied_embedding import (
@@ -50,6 +50,7 @@ __all__ = [
     "grouped_values",
     "nearest_kronecker_metric",
     "pivoted_pair",
+    "product_bytes",
     "product_difference",
     "product_norm",
     "product_svd",

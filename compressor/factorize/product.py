@@ -69,6 +69,15 @@ def product_difference(first: FactorPair, second: FactorPair) -> FactorPair:
     return FactorPair(up=up, down=torch.cat([in_float64(first.down), in_float64(second.down)]))
 
 
+def product_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Bytes that a `d_out x d_in` product of this rank takes while its rank is lowered, in float64.
+
+    Its factors, those beside their scale, their orthonormal bases and new factors are four times theirs, and the
+    difference of both products with its decomposition another six.
+    """
+    return 10 * torch.float64.itemsize * rank * sum(shape)
+
+
 def _scaled(factor: Tensor) -> tuple[Tensor, float]:
     """A factor in float64 beside a power of two of its size."""
     scale = power_of_two(factor)

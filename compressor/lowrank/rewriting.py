@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.encodings import encoded_in
 from compressor.engine import Run
-from compressor.factorize import Decomposition, decompose, working_bytes
+from compressor.factorize import Decomposition, decompose, product_bytes, working_bytes
 from compressor.forms import FORMS, InitialLayer, from_initial
 from compressor.initial import InitialWeights
 from compressor.io import Checkpoint, Provenance, Stack, StoredTensor, TensorInfo, require_finite, require_in_range
@@ -281,6 +281,8 @@ class _Factorization:
 
     @property
     def nbytes(self) -> int:
+        if isinstance(self.weight, ProductTensor) and self.plan.quantization is None:
+            return product_bytes(self.layer.shape, self.weight.pair.rank)
         return working_bytes(self.layer.shape)
 
 

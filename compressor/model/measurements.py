@@ -21,6 +21,7 @@ from compressor.factorize import (
     decompose,
     decompose_grouped,
     grouped_values,
+    product_bytes,
     product_svd,
     working_bytes,
 )
@@ -154,6 +155,8 @@ class _Measurement:
 
     @property
     def nbytes(self) -> int:
+        if isinstance(self.weight, ProductTensor) and not self.quantized:
+            return product_bytes(self.layer.shape, self.weight.pair.rank)
         return working_bytes(self.layer.shape)
 
 

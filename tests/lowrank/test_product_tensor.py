@@ -92,6 +92,20 @@ def test_each_pair_is_the_nearest_of_its_rank_to_what_was_stored(file: Path, for
     assert lowered > 3
 
 
+def test_factors_are_not_multiplied_out(tmp_path: Path) -> None:
+    side = 200_000  # 160 GB of them in float32
+    torch.manual_seed(0)
+    tensors = {"x.weight": torch.zeros(0), "x.down.weight": torch.randn(4, side), "x.up.weight": torch.randn(side, 4)}
+    save_file(tensors, tmp_path / "small.safetensors")
+    output = tmp_path / "smaller.safetensors"
+    result = compress(tmp_path / "small.safetensors", output=output, keep=0.5, progress=lambda *_: None)
+    assert [layer.rank for layer in result.plan.layers] == [2]
+    up, down = tensors["x.up.weight"].double(), tensors["x.down.weight"].double()
+    values = torch.linalg.svdvals(torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T)
+    expected = float((values[2:].square().sum() / values.square().sum()).sqrt())
+    assert result.plan.layers[0].error == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_share_is_one_of_what_the_model_stores(file: Path, form: str) -> None:
     before = small(file, form)
