@@ -173,6 +173,7 @@ class FineTune:
             layer's name.
         only_rounding: Those of these layers whose difference is all rounding, as far as can be told.
         vocabulary: How many tokens the base has and the fine-tune; None where these are as many.
+        llama_cpp_obstacles: Why llama.cpp would not convert the adapter; empty for pairs.
     """
 
     base: str
@@ -188,6 +189,7 @@ class FineTune:
     rounding_shares: Mapping[str, float] = field(default_factory=dict)
     only_rounding: tuple[str, ...] = ()
     vocabulary: BeforeAfter | None = None
+    llama_cpp_obstacles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from compressor.evaluation import process_memory
 from compressor.fine_tuning.adaptation import Adaptation, adapted_module
 from compressor.fine_tuning.adapter import (
     Adapter,
+    llama_cpp_obstacles,
     require_pairs,
     vllm_obstacles,
     vllm_rank,
@@ -146,7 +147,8 @@ def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, 
         ),
         bits=widths_of(quantized),
     )
-    return replace(compression, warnings=warning_words(compression))
+    compression = replace(compression, warnings=warning_words(compression))
+    return replace(compression, pushed=None if target is None else target.push())
 
 
 def _planned_in_loss(changes: Changes, asked: CompressOptions, data: OpenedData, *, run: Run) -> PlannedModel:
@@ -194,6 +196,7 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, veri
         in_full=adaptation.in_full if adapter is None else tuple(adapter.saved.tensors.values()),
         max_lora_rank=None if adapter is None else vllm_rank(adapter),
         vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),
+        llama_cpp_obstacles=() if adapter is None else llama_cpp_obstacles(adapter),
         verified_with=verified_with,
         rounding_share=difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
         shares=adaptation.shares,

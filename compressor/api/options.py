@@ -632,7 +632,7 @@ class PlanOptions(
 
 
 _NOT_FOR_DIFFERENCES = (
-    *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
+    *("planning_settings", "form", "embeddings", "max_shard_size"),
     *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine", "initial"),
 )
 

@@ -418,6 +418,24 @@ def vllm_obstacles(adapter: Adapter) -> tuple[str, ...]:
     return tuple(obstacles)
 
 
+def llama_cpp_obstacles(adapter: Adapter) -> tuple[str, ...]:
+    """Why llama.cpp's `convert_lora_to_gguf.py` would refuse the adapter; empty where it would not.
+
+    It takes tensors that are called an A or a B of a linear layer, and no others; norms that are saved whole it leaves
+    out without refusing.
+    """
+    obstacles = []
+    if adapter.saved.modules:
+        obstacles.append(f"modules_to_save ({len(adapter.saved.modules)} of them)")
+    if adapter.with_bias:
+        obstacles.append("lora_bias")
+    if any(layer.kind == "convolution" for layer, _ in adapter.ranks):
+        obstacles.append("convolutions")
+    if adapter.config["target_parameters"]:
+        obstacles.append("pairs of experts")
+    return tuple(obstacles)
+
+
 def vllm_rank(adapter: Adapter) -> int:
     """The smallest --max-lora-rank that vLLM knows and that the adapter fits into."""
     return next((rank for rank in _VLLM_RANKS if rank >= adapter.largest_rank), adapter.largest_rank)

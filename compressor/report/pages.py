@@ -184,6 +184,8 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
         yield "PEFT", f"{fine_tune.verified_with} loads it and reproduces every change"
     elif fine_tune.max_lora_rank is not None and compression.output is not None:
         yield "PEFT", "not installed, so the adapter was not loaded"
+    if fine_tune.llama_cpp_obstacles:
+        yield "llama.cpp", f"refuses {' and '.join(fine_tune.llama_cpp_obstacles)}"
     if fine_tune.vllm_obstacles:
         yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}"
     elif fine_tune.max_lora_rank is not None:

@@ -402,6 +402,7 @@ def warning_words(compression: Compression) -> tuple[str, ...]:
         missed_share_words(compression),
         _growth_words(compression),
         noise_words(compression.fine_tune),
+        other_base_words(compression.fine_tune),
     ]
     if evaluation is not None:
         found.append(larger_drop_words(evaluation, plan.budget))
@@ -432,6 +433,18 @@ def noise_words(fine_tune: FineTune | None) -> str | None:
     return (
         f"the difference of {one_line(noise[0])}{others} is no more than rounding to the stored dtype makes where"
         " nothing was learned: it has full rank, and a pair keeps nothing of use; compare in the dtype of the training"
+    )
+
+
+def other_base_words(fine_tune: FineTune | None) -> str | None:
+    """That nothing of the base is in most matrices, so that their difference is a whole weight; None otherwise."""
+    shares = [] if fine_tune is None else list(fine_tune.shares.values())
+    apart = sum(abs(each.fitted) < 0.1 for each in shares)
+    if not shares or apart <= len(shares) / 2:
+        return None
+    return (
+        f"{apart} of {len(shares)} matrices have next to nothing of the base in them, so that what is stored is whole"
+        " weights: is it the model that the fine-tuning started from?"
     )
 
 

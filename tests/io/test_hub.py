@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
@@ -333,6 +334,25 @@ def test_the_finished_folder_is_pushed_as_it_is_and_privately(hub: type[Hub], ca
     gone = [line["value"]["path"] for line in commit if line["key"] == "deletedFile"]
     assert gone == ["model-00001-of-00002.safetensors"]
     assert 'load_model("me/small"' in written["README.md"].decode()
+
+
+def test_an_adapter_is_pushed_as_a_folder_is(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    model.save_pretrained("start")
+    hub.files.clear()
+    hub.files.update({name: (Path("start") / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.add_(torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1]))
+    model.save_pretrained("tuned")
+    asked = ["tuned", "--base", "org/name", "--keep", "0.3", "-o", "adapter", "--push-to", "me/small"]
+    assert run(asked) == 0
+    assert "https://huggingface.co/me/small/commit/1" in capsys.readouterr().out
+    [commit] = hub.commits
+    sent = {line["value"]["path"] for line in commit if line["key"] == "file"}
+    assert sent == {path.name for path in Path("adapter").iterdir()} >= {"adapter_config.json"}
 
 
 def test_a_push_that_cannot_work_is_refused_before_the_work(
