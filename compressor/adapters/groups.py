@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from compressor.adapters.lycoris import Loha, Lokr, loha_of, lokr_of
-from compressor.adapters.module import AdapterModule, Factors, ModuleKind, Stored, lora_of
+from compressor.adapters.module import REMEDY, AdapterModule, Factors, ModuleKind, Stored, lora_of, require_floats
 from compressor.adapters.names import ModuleName
 from compressor.errors import BadInput
 from compressor.io import Checkpoint
@@ -63,6 +63,7 @@ class Group:
     def module(self, name: ModuleName, alpha: float | None = None, *, stabilized: bool = False) -> AdapterModule:
         """The module of this name, where `alpha` is not stored with it that one; with neither its scale is one."""
         factors, shape, kernel = self.factors
+        require_floats((*factors.tensors, *self.beside))
         stored = self.roles.get("alpha")
         if stored is not None:
             alpha = _number(stored)
@@ -111,5 +112,7 @@ def _placed(name: str) -> Iterator[tuple[str, Role]]:
 
 def _number(stored: Stored) -> float:
     if math.prod(stored.shape) != 1 or stored.tensor.dtype.is_complex:
-        raise BadInput("is no single number", where=stored.name, remedy="use the file as its training wrote it")
+        raise BadInput("is no single number", where=stored.name, remedy=REMEDY)
+    if stored.tensor.dtype.is_floating_point:
+        require_floats([stored])
     return float(stored.read().reshape(()).item())

@@ -5,7 +5,6 @@ Source: https://github.com/kohya-ss/sd-scripts (`networks/lora.py`), https://git
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from compressor.adapters.module import Adapter, AdapterModule
 from compressor.adapters.names import (
     ModuleName,
     from_original,
-    is_of_diffusers,
     part_of,
     to_original,
     with_dots,
@@ -69,9 +67,9 @@ class Kohya:
 
     def _place(self, module: AdapterModule, adapter: Adapter) -> str:
         """What the names of a module begin with: of SDXL those of the original UNet, as kohya's scripts have them."""
-        name, parts = module.name, {each.name.part for each in adapter.modules}
+        name = module.name
         prefix = {
-            "text_encoder": "lora_te1_" if "text_encoder_2" in parts else "lora_te_",
+            "text_encoder": "lora_te1_" if "text_encoder_2" in adapter.parts else "lora_te_",
             "diffusion_model": "lora_unet_",
         }.get(name.part)
         prefix = prefix or next((start for start, part in _PREFIXES.items() if part == name.part), None)
@@ -79,8 +77,8 @@ class Kohya:
             what = f"{name}: the names of kohya's scripts are of diffusion models and their text encoders"
             raise BadInput(what, where=adapter.checkpoint.source, option="to", remedy="export it with `to='peft'`")
         path = name.path
-        if name.part == "unet" and _is_sdxl(adapter):
-            path = to_original(path, _with_attention(adapter))
+        if name.part == "unet" and adapter.is_of_sdxl:
+            path = to_original(path, adapter.blocks_with_attention)
         return prefix + path.replace(".", "_")
 
 
@@ -95,17 +93,3 @@ def _name(place: str) -> ModuleName:
         dotted = from_original(dotted)
         part = "transformer" if part_of([dotted]) == "transformer" else part
     return ModuleName(part, dotted)
-
-
-def _is_sdxl(adapter: Adapter) -> bool:
-    """Whether the UNet is that of SDXL, whose blocks of attention have several transformer blocks."""
-    paths = [each.name.path for each in adapter.modules if each.name.part == "unet"]
-    return any(re.search(r"\.transformer_blocks\.[1-9]", path) for path in paths) or any(
-        each.name.part == "text_encoder_2" and is_of_diffusers(each.name) for each in adapter.modules
-    )
-
-
-def _with_attention(adapter: Adapter) -> set[str]:
-    """The blocks of the UNet that have attention."""
-    paths = (each.name.path for each in adapter.modules if each.name.part == "unet")
-    return {found[1] for path in paths if (found := re.match(r"(up_blocks\.\d+)\.attentions\.", path))}

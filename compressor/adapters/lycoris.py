@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.adapters.module import Stored
+from compressor.adapters.module import REMEDY, Stored, require_small
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair
 
 Loaded = Mapping[str, Tensor]
-_LARGEST_PAIR = 2**30  # numbers
-_REMEDY = "use the file as its training wrote it"
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def loha_of(parts: Mapping[str, Stored], place: str) -> tuple[Loha, tuple[int, i
     """The factors, the sides of the matrix, and the kernel; `BadInput` where a part is missing or does not fit."""
     needed = [f"hada_w{side}_{which}" for side in "12" for which in "ab"]
     if missing := [name for name in needed if name not in parts]:
-        raise BadInput(f"has no {missing[0]}", where=place, remedy=_REMEDY)
+        raise BadInput(f"has no {missing[0]}", where=place, remedy=REMEDY)
     cores = [parts.get(f"hada_t{side}") for side in "12"]
     shapes = {name: tuple(each.shape) for name, each in parts.items()}
     found = list[tuple[tuple[int, int], tuple[int, ...]]]()
@@ -137,7 +135,7 @@ def loha_of(parts: Mapping[str, Stored], place: str) -> tuple[Loha, tuple[int, i
         raise _misfit(shapes, place)
     shape, kernel = found[0]
     factors = Loha(parts, shape)
-    _require_small(factors, place)
+    require_small(shape, factors.rank, place)
     return factors, shape, kernel
 
 
@@ -149,15 +147,8 @@ def lokr_of(parts: Mapping[str, Stored], place: str) -> tuple[Lokr, tuple[int, i
         raise _misfit(shapes, place)
     shape = (a * c, b * d * math.prod(kernel))
     factors = Lokr(parts, shape, ((a, b), (c, d)), kernel)
-    _require_small(factors, place)
+    require_small(shape, factors.rank, place)
     return factors, shape, kernel
-
-
-def _require_small(factors: Loha | Lokr, place: str) -> None:
-    """Refuse products that are larger than any layer, before they are formed: a few numbers can stand for them."""
-    if factors.rank * sum(factors.shape) > _LARGEST_PAIR:
-        what = f"stands for a matrix of {factors.shape[0]:,} x {factors.shape[1]:,}"
-        raise BadInput(what, where=place, remedy=_REMEDY)
 
 
 def _kron_sides(shapes: Mapping[str, tuple[int, ...]], side: str, place: str) -> tuple[int, int, tuple[int, ...]]:
@@ -203,4 +194,4 @@ def _as_pair(matrix: Tensor) -> FactorPair:
 
 def _misfit(shapes: Mapping[str, tuple[int, ...]], place: str) -> BadInput:
     listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    return BadInput(f"has parts that do not fit: {listed}", where=place, remedy=_REMEDY)
+    return BadInput(f"has parts that do not fit: {listed}", where=place, remedy=REMEDY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -11,11 +12,15 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from compressor.adapters.names import ModuleName
+from compressor.adapters.names import ModuleName, is_of_diffusers
 from compressor.choices import AdapterDialect
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_finite
+
+REMEDY = "use the file as its training wrote it"
+_LARGEST_PAIR = 2**30  # numbers
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 ModuleKind = Literal["linear", "convolution", "embedding"]
 
@@ -182,10 +187,46 @@ class Adapter:
     others: tuple[Stored, ...] = ()
     config: dict[str, object] | None = None
 
+    # What the names of all modules tell is asked for each of them.
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """The parts of a pipeline that it changes."""
+        return frozenset(each.name.part for each in self.modules)
+
+    @cached_property
+    def is_of_sdxl(self) -> bool:
+        """Whether its UNet is that of SDXL, whose blocks of attention have several transformer blocks."""
+        paths = [each.name.path for each in self.modules if each.name.part == "unet"]
+        return any(re.search(r"\.transformer_blocks\.[1-9]", path) for path in paths) or any(
+            each.name.part == "text_encoder_2" and is_of_diffusers(each.name) for each in self.modules
+        )
+
+    @cached_property
+    def blocks_with_attention(self) -> frozenset[str]:
+        """The upper blocks of its UNet that have attention."""
+        paths = (each.name.path for each in self.modules if each.name.part == "unet")
+        return frozenset(found[1] for path in paths if (found := re.match(r"(up_blocks\.\d+)\.attentions\.", path)))
+
     @property
     def has_magnitudes(self) -> bool:
         """Whether it is of DoRA: the changed weights are normalized, and scaled by magnitudes of their own."""
         return any(is_magnitude(each.name) for module in self.modules for each in module.beside)
+
+
+def require_floats(tensors: Sequence[Stored]) -> None:
+    """Refuse factors in numbers that they cannot be computed, or written, in."""
+    for each in tensors:
+        if each.tensor.dtype not in _DTYPES:
+            dtype = str(each.tensor.dtype).removeprefix("torch.")
+            remedy = "convert its factors to float16, bfloat16, or float32"
+            raise BadInput(f"{each.name} is stored in {dtype}", remedy=remedy)
+
+
+def require_small(shape: tuple[int, int], rank: int, place: str) -> None:
+    """Refuse a product that is larger than any layer, before it is formed: a few numbers can stand for it."""
+    if rank * sum(shape) > _LARGEST_PAIR:
+        raise BadInput(f"stands for a matrix of {shape[0]:,} x {shape[1]:,}", where=place, remedy=REMEDY)
 
 
 def is_magnitude(name: str) -> bool:
@@ -207,7 +248,7 @@ def lora_of(parts: Sequence[Stored | None], place: str) -> tuple[Lora, tuple[int
     misfit = BadInput(
         f"has factors of shapes {shapes}, which do not fit",
         where=place,
-        remedy="use the file as its training wrote it; of grouped convolutions none is read",
+        remedy=f"{REMEDY}; of grouped convolutions none is read",
     )
     if len(down.shape) < 2 or len(down.shape) != len(up.shape) or math.prod(up.shape[2:]) != 1:
         raise misfit
@@ -219,4 +260,6 @@ def lora_of(parts: Sequence[Stored | None], place: str) -> tuple[Lora, tuple[int
     if not fits or 0 in (*down.shape, *up.shape):
         raise misfit
     shape = (up.shape[0], down.shape[1] * math.prod(kernel))
+    if mid is not None:
+        require_small(shape, up.shape[1], place)
     return Lora(down, up, mid), shape, tuple(kernel)

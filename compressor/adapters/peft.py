@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ from compressor.io import ADAPTER_CONFIG, Checkpoint
 from compressor.io.files import read_json_object
 
 PREFIX = "base_model.model."
-# Of these a pattern is found in time, whatever it is.
+# With these a pattern cannot take forever: each repetition multiplies its time by the length of a name, and each group
+# by its alternatives.
 _LONGEST_PATTERN = 1000
+_MOST_REPETITIONS = 3
+_MOST_GROUPS = 3
+_LONGEST_PATH = 300
 # Starts that leave the base as it is; all others change it, by what the rank was.
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -132,6 +137,9 @@ class Patterns:
 
     def of_module(self, path: str, default: float) -> float:
         """The value of a module; the default where no pattern matches it."""
+        if self.expressions and len(path) > _LONGEST_PATH:
+            what = f"has patterns, and a module whose name has {len(path):,} characters ({path[:40]}...)"
+            raise BadInput(what, remedy=f"rename it, to {_LONGEST_PATH} at most")
         found = [(at, value) for at, expression, value in self.expressions if expression.match(path)][:1]
         if path in self.names:
             found.append(self.names[path])
@@ -139,8 +147,10 @@ class Patterns:
 
 
 def _compiled(pattern: str, where: str | Path | None) -> re.Pattern[str]:
+    repetitions = len(re.findall(r"(?<!\()[*+?{]", pattern))
+    too_many = repetitions > _MOST_REPETITIONS or pattern.count("(") > _MOST_GROUPS
     # A repeated group can take exponential time.
-    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[+*{]", pattern) is not None:
+    if len(pattern) > _LONGEST_PATTERN or too_many or re.search(r"\)[+*{]", pattern) is not None:
         raise _bad_config(f"has the pattern {pattern[:60]!r}, which is not simple", where)
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
@@ -175,8 +185,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _path(module: AdapterModule, adapter: Adapter) -> str:
     """The name of a module in its model; the folder is of one model, and its names have dots."""
-    parts = sorted({each.name.part for each in adapter.modules})
     where = adapter.checkpoint.source
+    parts = sorted(adapter.parts)
     if len(parts) > 1:
         what = f"changes {len(parts)} models ({', '.join(parts)}), and an adapter folder of PEFT is of one"
         raise BadInput(what, where=where, option="to", remedy="export it with `to='diffusers'`")
@@ -198,9 +208,10 @@ def _whole(number: float) -> int | float:
 
 def as_number(value: object, name: str, where: str | Path | None) -> float:
     """A number of a configuration; `BadInput` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _bad_config(f"has {name} {str(value)[:40]!r}, which is no number", where)
-    return float(value)
+    with suppress(OverflowError):  # JSON has integers that no float holds
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    raise _bad_config(f"has {name} {str(value)[:40]!r}, which is no number", where)
 
 
 def _bad_config(what: str, where: str | Path | None) -> BadInput:

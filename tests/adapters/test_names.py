@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import compressor
+from compressor.adapters import AdapterModule, own_ranks, read_adapter, resized_artifact
 from compressor.adapters.names import from_original, to_original, with_dots
+from compressor.choices import AdapterDialect
 from compressor.errors import BadInput
+from compressor.io import open_checkpoint
 from tests.adapters.adapters_of import kohya_file, peft_folder, tensors_in
 
 PAIRS = {
@@ -102,3 +107,29 @@ def test_models_are_no_adapters_and_adapters_no_models(tmp_path: Path) -> None:
             compressor.export(file, to=to)
     with pytest.raises(BadInput, match="is a LoRA file of kohya's scripts, not a model"):
         compressor.restore(file, output=tmp_path / "dense.safetensors")
+
+
+class Passes(tuple[AdapterModule, ...]):
+    """Modules that count how often all of them are gone through."""
+
+    passes: int
+
+    def __iter__(self) -> Iterator[AdapterModule]:
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "peft"])
+def test_what_all_names_tell_is_found_once(tmp_path: Path, dialect: AdapterDialect) -> None:
+    """Thousands of modules take no longer than their number."""
+    tensors = {}
+    for number in range(100):
+        place = f"unet.down_blocks.{number}.attentions.0.transformer_blocks.1.ff.net.2"
+        tensors |= {f"{place}.lora_A.weight": torch.randn(2, 8), f"{place}.lora_B.weight": torch.randn(8, 2)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    adapter = read_adapter(open_checkpoint(tmp_path / "lora.safetensors"))
+    modules = Passes(adapter.modules)
+    modules.passes = 0
+    artifact = resized_artifact(replace(adapter, modules=modules), own_ranks(adapter), dialect=dialect)
+    assert len(artifact.infos) >= 200
+    assert modules.passes < 20
