@@ -90,7 +90,11 @@ class EncodedTensor:
 
     def read(self) -> Tensor:
         """Its values, in memory of their own."""
-        return self.decoder.decode(*(part.stored.read() for part in self.parts)).to(self.dtype).contiguous()
+        parts = [part.stored.read() for part in self.parts]
+        try:
+            return self.decoder.decode(*parts).to(self.dtype).contiguous()
+        except BadInput as error:
+            raise error.in_file(self.name) from None
 
 
 @dataclass(frozen=True)

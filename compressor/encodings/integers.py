@@ -16,6 +16,7 @@ from compressor.errors import BadInput
 from compressor.quantize.packing import packed_width, unpack
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_INDICES = (torch.int32, torch.int64)
 _GPTQ_BITS = (2, 3, 4, 8)
 _AWQ_BITS = 4
 # Where AWQ has the eight columns of a word, from the lowest bits on.
@@ -196,7 +197,7 @@ def _of_gptq(file: StoredTensors, name: str, parts: tuple[Part, Part, Part], *, 
     bits = fitting[0] if fitting else 0
     inputs = packed.stored.shape[0] * 32 // bits if bits else 0
     size = _group_size(file, inputs, groups)
-    ordered = order is not None and order.stored.dtype in (torch.int32, torch.int64)
+    ordered = order is not None and order.stored.dtype in _INDICES
     fits = packed.stored.shape[1] == outputs and inputs * bits == 32 * packed.stored.shape[0]
     if not fits or not bits or size is None or (order is not None and order.stored.shape != (inputs,)):
         raise file.misfit(name, *parts, *([] if order is None else [order]))
@@ -296,8 +297,9 @@ def _packed(file: StoredTensors, packed: Part) -> EncodedTensor:
     ]
     said = _said_bits(file)
     bits = [each for each in bits if each in said] if len(bits) > 1 else bits
-    ordered = order is not None and order.stored.shape == (inputs,) and not order.stored.dtype.is_floating_point
-    if len(bits) != 1 or size is None or (order is not None and not ordered):
+    ordered = order is not None and order.stored.shape == (inputs,) and order.stored.dtype in _INDICES
+    packed_zeros = zeros is None or zeros.stored.dtype == torch.int32
+    if len(bits) != 1 or size is None or not packed_zeros or (order is not None and not ordered):
         raise file.misfit(name, *there)
     decoder = PackedIntegers(bits[0], sides, size, zeros is not None, ordered)
     parts = tuple(each for each in (packed, scale, zeros, order) if each is not None)
@@ -306,7 +308,7 @@ def _packed(file: StoredTensors, packed: Part) -> EncodedTensor:
 
 def _sides(shape: Part) -> tuple[int, int] | None:
     """The sides of a packed matrix, which are themselves stored; None where they are none."""
-    if shape.stored.shape != (2,) or shape.stored.dtype not in (torch.int32, torch.int64):
+    if shape.stored.shape != (2,) or shape.stored.dtype not in _INDICES:
         return None
     rows, inputs = (int(side) for side in shape.stored.read().tolist())
     return (rows, inputs) if 0 < rows < 2**31 and 0 < inputs < 2**31 else None

@@ -59,6 +59,8 @@ def mxfp4(file: StoredTensors) -> Iterator[EncodedTensor]:
         own, blocks = name.removesuffix("_blocks"), Part(name, stored)
         scales = file.part(f"{own}_scales")
         if scales is None:
+            if file.method != "mxfp4":  # another tensor of that name
+                continue
             raise file.missing(own, f"{own}_scales")
         shape = stored.shape
         fits = len(shape) >= 3 and shape[-1] == _GROUP // 2 and scales.stored.shape == shape[:-1] and min(shape) > 0

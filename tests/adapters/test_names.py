@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import compressor
-from compressor.adapters import AdapterModule, own_ranks, read_adapter, resized_artifact
+from compressor.adapters import AdapterModule, read_adapter, resized_artifact
 from compressor.adapters.names import from_original, to_original, with_dots
 from compressor.choices import AdapterDialect
 from compressor.errors import BadInput
@@ -130,6 +130,8 @@ def test_what_all_names_tell_is_found_once(tmp_path: Path, dialect: AdapterDiale
     adapter = read_adapter(open_checkpoint(tmp_path / "lora.safetensors"))
     modules = Passes(adapter.modules)
     modules.passes = 0
-    artifact = resized_artifact(replace(adapter, modules=modules), own_ranks(adapter), dialect=dialect)
+    artifact = resized_artifact(
+        replace(adapter, modules=modules), [each.rank for each in adapter.modules], dialect=dialect
+    )
     assert len(artifact.infos) >= 200
     assert modules.passes < 20

@@ -82,12 +82,21 @@ def test_parts_that_do_not_fit_are_refused(kind: str, damage: str, tmp_path: Pat
         opened(tmp_path, {f"a.{end}": part for end, part in parts.items()}, said)
 
 
+@pytest.mark.parametrize(("part", "dtype"), [("weight_zero_point", torch.float32), ("weight_g_idx", torch.complex64)])
+def test_packed_parts_of_other_numbers_are_refused(part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    quantize, said = KINDS["packed-zeros"]
+    parts, _ = quantize(torch.randn(64, 96))
+    parts[part] = parts.get(part, torch.zeros(96)).to(dtype)
+    with pytest.raises(BadInput, match="do not fit together"):
+        opened(tmp_path, {f"a.{end}": each for end, each in parts.items()}, said)
+
+
 def test_inputs_in_groups_that_are_not_there_are_refused_when_they_are_read(tmp_path: Path) -> None:
     parts, _ = stored.gptq()(torch.randn(64, 96))
     for strange in (3, -1):
         parts["g_idx"][5] = strange
         checkpoint = opened(tmp_path, {f"a.{end}": part for end, part in parts.items()}, stored.gptq_config())
-        with pytest.raises(BadInput, match="in groups that have no scales"):
+        with pytest.raises(BadInput, match=r"^a\.weight: its inputs are in groups that have no scales"):
             checkpoint.read("a.weight")
 
 

@@ -51,3 +51,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         save_file(broken, tmp_path / "model.safetensors")
         with pytest.raises(BadInput, match=r"do not fit together|is missing"):
             decoded(open_checkpoint(tmp_path / "model.safetensors"), SAID)
+
+
+def test_other_tensors_of_such_a_name_are_left(tmp_path: Path) -> None:
+    mask = torch.ones(8, 8, dtype=torch.uint8)
+    save_file({"mask_blocks": mask, "a.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    assert torch.equal(decoded(open_checkpoint(tmp_path / "model.safetensors"), {}).read("mask_blocks"), mask)
