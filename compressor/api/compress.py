@@ -467,7 +467,7 @@ def _compression(
         output=None,
         recipe=subject.recipe,
         plan=rewriting.plan,
-        parameters=BeforeAfter(sum(info.elements for info in subject.stored), rewritten_numbers(rewriting)),
+        parameters=BeforeAfter(subject.numbers, rewritten_numbers(rewriting)),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         evaluation=None,
         seconds=0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -239,6 +240,13 @@ class Model:
         """The same network with other values of some of its tensors, which a checkpoint has under the same names."""
         network = _Network(checkpoint, self.architecture, self.factory, None, changed=changed)
         return replace(self, name=name, checkpoint=checkpoint, _network=network)
+
+    @property
+    def numbers(self) -> int:
+        """The numbers that the files hold; of what others quantized those that it stands for."""
+        encoded = [each for name in self.decoded if (each := encoded_in(self.checkpoint, name)) is not None]
+        stored = sum(info.elements for each in encoded for info in each.infos)
+        return sum(info.elements for info in self.stored) - stored + sum(math.prod(each.shape) for each in encoded)
 
     @property
     def needs_initial(self) -> bool:

@@ -253,6 +253,7 @@ def test_inspect_and_plan_see_the_layers(source: Source, tmp_path: Path) -> None
         assert replace(each.layer, stored=None) == known[each.layer.name].layer
         assert each.singular_values == known[each.layer.name].singular_values
     assert found.weight_bytes < alike.weight_bytes
+    assert found.parameters == alike.parameters
     assert {layer.name for layer in plan(tmp_path / "model", bits=4, calibration="none", prefer="size").layers}
 
 
