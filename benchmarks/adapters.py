@@ -114,8 +114,9 @@ def _relative(ours: Tensor, best: Tensor) -> float:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Time, memory, and sizes of each run."""
-    lines = ["| | time | processor time | peak memory | file |", "|---|---|---|---|---|"]
+    """Time, memory, and sizes of each run; the load tells how many processes shared the processors."""
+    busy = f"time on {document['processors']} cores at load {document['load']:.1f}"
+    lines = [f"| | {busy} | processor time | peak memory | file |", "|---|---|---|---|---|"]
     for name, run in document["runs"].items():
         before, after = run["bytes"]["before"], run["bytes"]["after"]
         lines.append(
