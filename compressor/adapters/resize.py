@@ -220,13 +220,14 @@ def _resized(job: _Job) -> _Resized:
     if job.written.as_it_is:
         change = _kept(module, pair)
     else:
-        if pair.rank <= rank:  # factors side by side that are not truncated
-            return _Resized((*tensors, *_as_stored(module, job.names, pair)), _kept(module, pair))
-        product = product_svd(pair)
-        change = module_change(_spectrum(module, product), rank)
+        if pair.rank <= rank:  # not truncated
+            change = _kept(module, pair)
+        else:
+            product = product_svd(pair)
+            change, pair = module_change(_spectrum(module, product), rank), product.even_pair(rank)
         # Times the scale that is meant over the one that alpha will stand for.
         ratio = module.scale * rank / job.written.alpha if job.written.alpha else 1.0
-        tensors += _as_stored(module, job.names, product.even_pair(rank).scaled(ratio))
+        tensors += _as_stored(module, job.names, pair.scaled(ratio))
     if (alpha := job._alpha) is not None and job.names.alpha is not None:
         tensors.append((job.names.alpha, alpha))
     return _Resized(tuple(tensors), change)

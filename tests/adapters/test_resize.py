@@ -113,6 +113,25 @@ def test_the_core_of_a_convolution_becomes_part_of_its_factors(tmp_path: Path) -
     torch.testing.assert_close(kohya_updates(small)[place], expected, rtol=0, atol=1e-6 * float(update.norm()))
 
 
+def test_a_core_in_other_names_keeps_what_it_adds(tmp_path: Path) -> None:
+    """Beside a module of another alpha, which all modules of the file then have."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    query, conv = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.1.conv1"
+    down, up, core = torch.randn(4, 64, 1, 1), torch.randn(48, 4, 1, 1), torch.randn(4, 4, 3, 3)
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": core, "alpha": torch.tensor(6.0)}
+    tensors = {f"unet.{conv}.{name}": each for name, each in parts.items()}
+    others = {"lora_down.weight": torch.randn(8, 32), "lora_up.weight": torch.randn(32, 8), "alpha": torch.tensor(2.0)}
+    tensors |= {f"unet.{query}.{name}": each for name, each in others.items()}
+    file, exported = tmp_path / "dotted.safetensors", tmp_path / "kohya.safetensors"
+    save_file(tensors, file)
+    compressor.export(file, to="kohya", output=exported)
+    update = 1.5 * torch.einsum("op,pqxy,qi->oixy", up[..., 0, 0].double(), core.double(), down[..., 0, 0].double())
+    ours = kohya_updates(exported)["lora_unet_" + conv.replace(".", "_")]
+    torch.testing.assert_close(ours, update.flatten(1), rtol=0, atol=1e-6 * float(update.norm()))
+
+
 def test_modules_are_read_one_at_a_time(tmp_path: Path) -> None:
     file = kohya_file(tmp_path / "lora.safetensors")
     adapter = read_adapter(open_checkpoint(file))
