@@ -108,6 +108,9 @@ def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Ar
     Where tokens were added the configuration counts them; the tokenizer is that of the base, which lacks them.
     """
     counts, held = _tokens(tuned, base), {stack.tensor: stack for stack in tuned.stacks}
+    # What is written is dense, however the base is stored.
+    config = {key: value for key, value in (base.config or {}).items() if key != "quantization_config"}
+    changes = base.config is not None and (bool(counts) or config != base.config)
     infos = put_together_infos(tuned, tuned.tensors, tuned.stacks)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +124,7 @@ def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Ar
         metadata={"format": "pt"},
         shard_size=shard_size if base.folder is not None else None,
         companions_of=base,
-        documents=lambda: {} if base.config is None or not counts else {"config.json": _counting(base.config, counts)},
+        documents=lambda: {"config.json": _counting(config, counts)} if changes else {},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compressor
@@ -279,6 +280,24 @@ def test_a_share_is_of_what_the_source_takes(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(given.to_dict()))
     made = compress(tmp_path / "model", output=tmp_path / "small", plan=tmp_path / "plan.json", calibration="none")
     assert made.plan.eligible_after == given.eligible_after
+
+
+def test_a_fine_tune_of_a_quantized_base(tmp_path: Path) -> None:
+    means = SOURCES["llama-gptq"].made(tmp_path / "base")
+    shutil.copytree(means, tmp_path / "tuned")
+    tuned, generator = load_file(means / "model.safetensors"), torch.Generator().manual_seed(5)
+    for name, each in tuned.items():
+        if stored.is_linear(name):
+            factors = (torch.randn(side, 4, generator=generator) for side in each.shape)
+            each.add_(torch.einsum("ir,jr->ij", *factors), alpha=0.02)
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "difference.safetensors", keep=0.5)
+    restore(tmp_path / "difference.safetensors", base=tmp_path / "base", output=tmp_path / "restored")
+    restored = load_file(tmp_path / "restored" / "model.safetensors")
+    assert restored.keys() == tuned.keys()
+    for name, each in tuned.items():
+        torch.testing.assert_close(restored[name], each, rtol=1e-4, atol=1e-5)
+    assert "quantization_config" not in json.loads((tmp_path / "restored" / "config.json").read_text())
 
 
 def test_a_method_that_is_not_read_is_named(tmp_path: Path) -> None:
