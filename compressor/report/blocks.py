@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -179,25 +180,68 @@ def _is_path(label: str) -> bool:
     return label.rstrip(" 0123456789") in PATHS
 
 
+# The number of an expert in the name of one of its layers.
+_EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..+)", re.DOTALL)
+_NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?)(.*)", re.DOTALL)
+
+
+def rows_of_experts_together(rows: Sequence[tuple[str, ...]], *, most: int = 8) -> tuple[tuple[str, ...], ...]:
+    """Rows of layers by name, those of more than `most` experts that do the same in a block as one, at the first."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        found = _EXPERT.fullmatch(row[0])
+        groups.setdefault(row[0] if found is None else f"{found[1]}*{found[3]}", []).append(row)
+    shown: list[tuple[str, ...]] = []
+    for group in groups.values():
+        numbers = [int(found[2]) for row in group if (found := _EXPERT.fullmatch(row[0])) is not None]
+        if len(numbers) <= most:
+            shown += group
+            continue
+        name = _EXPERT.sub(rf"\g<1>{min(numbers)}-{max(numbers)}\g<3>", group[0][0])
+        shown.append((name, *(_range(cells) for cells in list(zip(*group, strict=True))[1:])))
+    return tuple(shown)
+
+
+def _range(cells: Sequence[str]) -> str:
+    """What is in several cells: the smallest and the largest number, or the different words."""
+    different = list(dict.fromkeys(cells))
+    if len(different) == 1:
+        return different[0]
+    found = [match for cell in different if (match := _NUMBER.fullmatch(cell)) is not None]
+    if len(found) == len(different) and len({match[2] for match in found}) == 1:
+        ordered = sorted((match[1] for match in found), key=lambda number: float(number.replace(",", "")))
+        return f"{ordered[0]}-{ordered[-1]}{found[0][2]}"
+    return ", ".join(different[:3]) + (", ..." if len(different) > 3 else "")
+
+
 @dataclass(frozen=True)
 class LayerTable:
-    """A row per layer: its name, shortened where a terminal's window is narrow, and its numbers."""
+    """A row per layer: its name, shortened where a terminal's window is narrow, and its numbers.
+
+    Layers that do the same in many experts of a block are one row, with the range of their numbers.
+    """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    @property
+    def shown(self) -> tuple[tuple[str, ...], ...]:
+        """The rows as they are shown."""
+        return rows_of_experts_together(self.rows)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         columns = list(zip(*(header.split("\n") for header in self._padded_headers()), strict=True))
-        cells = [*columns, *self.rows]
+        rows = self.shown
+        cells = [*columns, *rows]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
         room = options.max_width - sum(widths[1:]) - 2 * (len(widths) - 1)
         if console.is_terminal:
             widths[0] = min(widths[0], max(room, NARROWEST_NAME))
-        names = shortened_apart([name for name, *_ in self.rows], widths[0])
+        names = shortened_apart([name for name, *_ in rows], widths[0])
         for row in columns:
             yield Text(_aligned(row, widths), style="bold", no_wrap=True, overflow="ignore")
         yield Text("  ".join("─" * width for width in widths), style="dim", no_wrap=True, overflow="ignore")
-        for name, (_, *numbers) in zip(names, self.rows, strict=True):
+        for name, (_, *numbers) in zip(names, rows, strict=True):
             line = _aligned((name, *numbers), widths)
             yield Text(line, no_wrap=True, overflow="ignore")
 
@@ -210,7 +254,7 @@ class LayerTable:
     def html(self) -> str:
         # A header that is split within a word to be narrow ends its first line with a hyphen.
         headers = (header.replace("-\n", "").replace("\n", " ") for header in self.headers)
-        return _html_table(tuple(headers), self.rows)
+        return _html_table(tuple(headers), self.shown)
 
     def reworded(self, change: Callable[[str], str]) -> Self:
         return self
