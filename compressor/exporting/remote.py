@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import re
 import symtable
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,10 @@ class {prefix}{architecture}({architecture}):
 '''
 
 
+# In the name of a layer that is a matrix of one expert.
+_OF_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
 def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `config.json` of the exported folder, with the names of its classes.
 
@@ -126,6 +131,12 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             "is no transformers folder with low-rank layers",
             where=checkpoint.source,
             remedy="give the folder that 'compress FOLDER' wrote; a dense one loads as it is",
+        )
+    if any(_OF_EXPERT.search(str(name)) for name in described.get("layers") or ()):
+        raise BadInput(
+            "has low-rank experts, which the copied code cannot put into transformers' mixtures",
+            where=checkpoint.source,
+            remedy="export it with `to='dense'`, or give it as it is to those who have this package",
         )
     try:
         spec = LowRankSpec.from_dict(described)

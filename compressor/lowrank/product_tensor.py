@@ -135,7 +135,8 @@ def multiplied_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     others = LowRankSpec({}, source=said_of_source(checkpoint) or None, stacks=stacks_of(checkpoint))
     recorded = dense_aliases(checkpoint, pairs) | text_mapping(record.get("aliases"))
     aliases = {alias: name for alias, name in recorded.items() if name in tensors and alias not in tensors}
-    without = {**record, "layers": {}} if "layers" in record else record
+    kept = {key: said for key, said in record.items() if key != "batched"}  # they are read one by one
+    without = {**kept, "layers": {}} if "layers" in kept else kept
     return replace(
         checkpoint,
         tensors=tensors,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, Compression, compress, evaluate, restore
+from compressor import BadInput, Compression, compress, evaluate, export, restore
 from compressor.lowrank.batched_experts import BatchedExperts, separate_batched
 from compressor.network import SeparateExperts
 from tests.lowrank.architectures import ARCHITECTURES
@@ -152,6 +152,25 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="fit"):
             restore(tmp_path / "small", output=tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
+
+
+def test_it_can_be_compressed_further_and_comes_back(tmp_path: Path) -> None:
+    compressed("gpt-oss", tmp_path)
+    asked: dict[str, Any] = {"keep": 0.7, "bits": 16, "calibration": "none", "prefer": "size"}
+    compress(tmp_path / "small", output=tmp_path / "smaller", **asked)
+    small = ARCHITECTURES["gpt-oss"].load(tmp_path / "smaller")
+    restore(tmp_path / "smaller", output=tmp_path / "restored")
+    restored = ARCHITECTURES["gpt-oss"].load(tmp_path / "restored")
+    torch.testing.assert_close(logits(restored), logits(small), rtol=1e-4, atol=1e-5)
+    names = [load_file(tmp_path / each / "model.safetensors").keys() for each in ("dense", "restored")]
+    assert names[0] == names[1]
+
+
+def test_code_that_comes_along_cannot_hold_experts(tmp_path: Path) -> None:
+    compressed("gpt-oss", tmp_path)
+    with pytest.raises(BadInput, match="has low-rank experts"):
+        export(tmp_path / "small", to="hf-remote", output=tmp_path / "remote")
+    assert not (tmp_path / "remote").exists()
 
 
 @pytest.mark.slow
