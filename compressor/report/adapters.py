@@ -15,8 +15,8 @@ from compressor.formatting import (
     format_size,
     one_line,
 )
-from compressor.report.blocks import Block, Facts, LayerTable, Page, SideBySide, VerdictLine
-from compressor.report.comparison import Comparison, compared
+from compressor.report.blocks import Block, Facts, LayerTable, Page, VerdictLine
+from compressor.report.comparison import compared, side_by_side
 from compressor.report.wording import budget_words, error_words
 
 if TYPE_CHECKING:
@@ -100,16 +100,16 @@ def _inspected(modules: Sequence[InspectedModule]) -> LayerTable:
         ]
         return LayerTable(("module", "shape", *numbers), tuple(rows))
     summed = []
-    for kind, places in grouped_by_kind([each.name for each in modules]):
+    for kind, places in _grouped_by_kind([each.name for each in modules]):
         own = [modules[at] for at in places]
         summed.append(
             (
                 one_line(kind),
                 str(len(own)),
-                spread([each.rank for each in own]),
-                spread([each.energy_90 for each in own]),
-                spread([each.energy_99 for each in own]),
-                spread([each.entropy for each in own], 1),
+                _spread([each.rank for each in own]),
+                _spread([each.energy_90 for each in own]),
+                _spread([each.energy_99 for each in own]),
+                _spread([each.entropy for each in own], 1),
                 f"{sum(each.norm**2 for each in own) ** 0.5:.3g}",
             )
         )
@@ -126,30 +126,24 @@ def _budget_words(budget: Budget) -> str:
     return budget_words(budget)
 
 
-def side_by_side(rows: Sequence[Comparison]) -> SideBySide:
-    """Quantities before and after."""
-    cells = tuple((row.label, row.before, row.after, row.compared) for row in rows)
-    return SideBySide(("", "before", "after", "compared"), cells)
-
-
 def _words(adapter: AdapterChange) -> str:
     return f"in the names of {DIALECTS[adapter.dialect]}: {adapter.modules:,} modules, {adapter.resized:,} resized"
 
 
-def kind_of_module(name: str) -> str:
+def _kind_of_module(name: str) -> str:
     """What a module is called below the blocks that it is in, which are numbered: `layers.3`, `block.3`, `h.3`."""
     return re.fullmatch(r"(?:.*(?:^|[._])(?:\w*s|block|layer|h)[._]\d+[._])?(.+)", name)[1]  # type: ignore[index]
 
 
-def grouped_by_kind(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+def _grouped_by_kind(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
     """The kinds of some modules, with the places of theirs."""
     kinds = dict[str, list[int]]()
     for at, name in enumerate(names):
-        kinds.setdefault(kind_of_module(name), []).append(at)
+        kinds.setdefault(_kind_of_module(name), []).append(at)
     yield from sorted(kinds.items())
 
 
-def spread(values: Sequence[float], digits: int = 0) -> str:
+def _spread(values: Sequence[float], digits: int = 0) -> str:
     """The smallest and the largest of some numbers, in one word where they are equal."""
     low, high = (f"{each:.{digits}f}" for each in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
@@ -172,14 +166,14 @@ def _ranks(modules: Sequence[ModulePlan]) -> LayerTable:
         return LayerTable(headers, tuple(rows))
     headers = ("kind of module", "modules", "rank\nbefore", "rank", "kept", "largest\nerror")
     rows = []
-    for kind, places in grouped_by_kind([each.name for each in modules]):
+    for kind, places in _grouped_by_kind([each.name for each in modules]):
         own = [modules[at] for at in places]
         rows.append(
             (
                 one_line(kind),
                 str(len(own)),
-                spread([each.rank_before for each in own]),
-                spread([each.rank or 0 for each in own]),
+                _spread([each.rank_before for each in own]),
+                _spread([each.rank or 0 for each in own]),
                 format_percent(sum(each.parameters for each in own), sum(each.parameters_before for each in own)),
                 error_words(max(each.error for each in own), 3),
             )

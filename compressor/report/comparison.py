@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compressor.evaluation import Change, LatencyChange, judged
 from compressor.formatting import format_count, format_percent, format_seconds, format_short, format_size
+from compressor.report.blocks import SideBySide
 from compressor.report.wording import change_words, quality_words
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def compared(label: str, words: Callable[[int], str], *, before: int | None, aft
     if before is None:
         return Comparison(label, "", words(after), "")
     return Comparison(label, words(before), words(after), format_percent(after, before), judged(after - before))
+
+
+def side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> SideBySide:
+    """Rows of before and after as a block of a page."""
+    rows = tuple((each.label, each.before, each.after, each.compared) for each in comparisons)
+    worse = frozenset(number for number, each in enumerate(comparisons) if each.change == "worse")
+    return SideBySide(("", before, after, "compared"), rows, worse)
 
 
 def eligible_words(plan: Plan, label: str = "of them eligible") -> str:

@@ -19,8 +19,15 @@ from compressor.formatting import (
     one_line,
 )
 from compressor.report.adapters import adapter_inspection_page, adapter_page, merged_adapters_page
-from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
-from compressor.report.comparison import Comparison, compared, compression_rows, eligible_words, evaluation_rows
+from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, Title, VerdictLine
+from compressor.report.comparison import (
+    Comparison,
+    compared,
+    compression_rows,
+    eligible_words,
+    evaluation_rows,
+    side_by_side,
+)
 from compressor.report.initial_words import (
     initial_facts,
     initial_table,
@@ -98,7 +105,7 @@ def compression_page(compression: Compression) -> Page:
         *_search_parts(plan),
         *_plan_parts(plan),
     ]
-    parts.append(_side_by_side(compression_rows(compression)))
+    parts.append(side_by_side(compression_rows(compression)))
     if compression.evaluation is not None:
         parts.append(_measured_on(compression.evaluation))
     elif compression.latency:
@@ -228,7 +235,7 @@ def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
     ]
     if (unchanged := unchanged_words(plan.layers, written=False)) is not None:
         parts.append(Lines((unchanged,)))
-    parts.append(_side_by_side([size]))
+    parts.append(side_by_side([size]))
     if facts or plan.advice:
         parts.append(Facts.of(*facts, *_advice(plan.advice)))
     return Page(tuple(parts))
@@ -267,7 +274,7 @@ def inspection_page(inspection: Inspection) -> Page:
 
 def evaluation_page(evaluation: Evaluation) -> Page:
     """The verdict; quality, size, arithmetic, memory and latency of two models side by side."""
-    costs = _side_by_side(evaluation_rows(evaluation), "baseline", "model")
+    costs = side_by_side(evaluation_rows(evaluation), "baseline", "model")
     large_loss = large_loss_words(evaluation)
     warning = [] if large_loss is None else [Facts.of(("warning", large_loss))]
     return Page((VerdictLine(evaluation.verdict.remarks), costs, _measured_on(evaluation), *warning))
@@ -282,7 +289,7 @@ def restoration_page(restoration: Restoration) -> Page:
     return Page(
         (
             Facts.of(("model", restoration.source), what),
-            _side_by_side([size]),
+            side_by_side([size]),
             Facts.of(("output", restoration.output), ("took", format_seconds(restoration.seconds))),
         )
     )
@@ -322,7 +329,7 @@ def archive_page(archiving: Archiving) -> Page:
         (
             Facts.of(*facts),
             LayerTable((*headers, "largest\nerror"), rows),
-            _side_by_side([size], "files", "archive"),
+            side_by_side([size], "files", "archive"),
             Facts.of(("output", archiving.output), ("took", format_seconds(archiving.seconds))),
         )
     )
@@ -345,7 +352,7 @@ def export_page(export: Export) -> Page:
     return Page(
         (
             Facts.of(("model", export.source), ("to", f"{export.to}, {export.layers} low-rank layers")),
-            _side_by_side([size]),
+            side_by_side([size]),
             Facts.of(*facts, ("took", format_seconds(export.seconds))),
         )
     )
@@ -384,7 +391,7 @@ def merging_page(merging: Merging) -> Page:
         )
         parts.append(LayerTable(headers, rows))
     parts.append(
-        _side_by_side(
+        side_by_side(
             [
                 compared("parameters", format_count, before=merging.parts_parameters, after=merging.parameters),
                 compared("weight files", format_size, before=merging.parts_bytes, after=merging.bytes),
@@ -597,12 +604,6 @@ def _skipped(layers: Iterable[Layer]) -> tuple[Block, ...]:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"{shown}: {reason}")
     return Title("Skipped"), Lines(tuple(lines))
-
-
-def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> SideBySide:
-    rows = tuple((each.label, each.before, each.after, each.compared) for each in comparisons)
-    worse = frozenset(number for number, each in enumerate(comparisons) if each.change == "worse")
-    return SideBySide(("", before, after, "compared"), rows, worse)
 
 
 def _measured_on(evaluation: Evaluation) -> Lines:
