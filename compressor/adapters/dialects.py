@@ -11,10 +11,10 @@ from compressor.adapters.diffusers import Diffusers
 from compressor.adapters.groups import grouped
 from compressor.adapters.kohya import Kohya, has_flat_names
 from compressor.adapters.module import Adapter
-from compressor.adapters.peft import PREFIX, Peft, config_beside
+from compressor.adapters.peft import PREFIX, Peft
 from compressor.choices import AdapterDialect
 from compressor.errors import BadInput
-from compressor.io import Checkpoint, refuse_adapter
+from compressor.io import Checkpoint, adapter_config, refuse_adapter
 from compressor.io.adapters import adapter_kind
 
 DIALECTS: Mapping[AdapterDialect, Dialect] = {each.name: each for each in (Peft(), Kohya(), Diffusers())}
@@ -22,7 +22,9 @@ DIALECTS: Mapping[AdapterDialect, Dialect] = {each.name: each for each in (Peft(
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is an adapter, by the names of its tensors or by the configuration beside them."""
-    return adapter_kind({*checkpoint.tensors, *checkpoint.aliases}) is not None or config_beside(checkpoint) is not None
+    return (
+        adapter_kind({*checkpoint.tensors, *checkpoint.aliases}) is not None or adapter_config(checkpoint) is not None
+    )
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:
@@ -34,7 +36,7 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
     groups, _ = grouped(checkpoint)
     places = [group.place for group in groups]
     try:
-        if config_beside(checkpoint) is not None or any(place.startswith(PREFIX) for place in places):
+        if adapter_config(checkpoint) is not None or any(place.startswith(PREFIX) for place in places):
             adapter = DIALECTS["peft"].read(checkpoint)
         elif not groups:
             refuse_adapter(checkpoint)

@@ -21,7 +21,8 @@ from compressor.adapters.module import Adapter, AdapterModule
 from compressor.adapters.names import ModuleName, part_of
 from compressor.choices import AdapterDialect
 from compressor.errors import BadInput
-from compressor.io import ADAPTER_CONFIG, Checkpoint
+from compressor.io import ADAPTER_CONFIG, Checkpoint, adapter_config
+from compressor.io.adapters import MERGE_WITH_PEFT
 from compressor.io.files import read_json_object
 
 PREFIX = "base_model.model."
@@ -65,7 +66,7 @@ class Peft:
         groups, others = grouped(checkpoint)
         paths = {group.place: group.place.removeprefix(PREFIX) for group in groups}
         part = part_of(paths.values())
-        scaling = Scaling.of(config, config_beside(checkpoint))
+        scaling = Scaling.of(config, adapter_config(checkpoint))
         modules = tuple(scaling.module(group, ModuleName(part, paths[group.place])) for group in groups)
         return Adapter(checkpoint, self.name, modules, tuple(others), config)
 
@@ -102,15 +103,6 @@ def lora_ranks(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[st
         "rank_pattern": {f"^{re.escape(path)}": each for path, each in ranks.items() if each != rank},
         "alpha_pattern": {f"^{re.escape(path)}": each for path, each in alphas.items() if each != alpha},
     }
-
-
-def config_beside(checkpoint: Checkpoint) -> Path | None:
-    """The configuration of PEFT that belongs to a checkpoint: in its folder, or beside a file that is named for it."""
-    source = checkpoint.source
-    if source is None or (checkpoint.folder is None and not source.name.startswith("adapter_model.")):
-        return None
-    path = (checkpoint.folder or source.parent) / ADAPTER_CONFIG
-    return path if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,7 @@ def _compiled(pattern: str, where: str | Path | None) -> re.Pattern[str]:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = config_beside(checkpoint)
+    path = adapter_config(checkpoint)
     if path is None:
         raise BadInput(
             f"has the names of PEFT, whose scales are in {ADAPTER_CONFIG}, and there is none",
@@ -169,9 +161,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     config = read_json_object(path)
     kind = config.get("peft_type")
     if kind != "LORA":
-        remedy = "make a model of it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
-        raise BadInput(f"is an adapter of type {str(kind)[:40]}, and LORA is read", where=path, remedy=remedy)
-    merge = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+        what = f"is an adapter of type {str(kind)[:40]}, and LORA is read"
+        raise BadInput(what, where=path, remedy=MERGE_WITH_PEFT)
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         what = f"was started by {str(start)[:40]!r}, which also changed the base by what its rank was"
@@ -179,7 +170,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise BadInput(what, where=path, remedy=remedy)
     for name in ("target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"):
         if config.get(name):
-            raise BadInput(f"has {name}, which is not read", where=path, remedy=merge)
+            raise BadInput(f"has {name}, which is not read", where=path, remedy=MERGE_WITH_PEFT)
     return config
 
 

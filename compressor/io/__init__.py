@@ -6,6 +6,7 @@ from compressor.io.artifact import Artifact, Document, Provenance
 from compressor.io.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
+    adapter_config,
     open_checkpoint,
     portable_name,
     refuse_adapter,
@@ -62,6 +63,7 @@ __all__ = [
     "TensorInMemory",
     "TensorInfo",
     "Workspace",
+    "adapter_config",
     "check_output",
     "checked_target",
     "companions",

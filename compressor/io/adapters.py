@@ -16,7 +16,7 @@ _KINDS = {
     "LoRA file of diffusers": r"(\w*_)?lora(_linear_layer)?\.(down|up)",
 }
 _FACTOR = {kind: re.compile(rf"(?P<place>.*?)\.?(?<![a-zA-Z0-9])({part})(\.|$)") for kind, part in _KINDS.items()}
-_PEFT = "make a model of it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+MERGE_WITH_PEFT = "make a model of it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
 _OF_DIFFUSION = (
     "merge it into its base first, as pipeline.load_lora_weights(file) and pipeline.fuse_lora() of diffusers do"
 )
@@ -46,4 +46,4 @@ def adapter_kind(names: Collection[str]) -> tuple[str, str] | None:
             if any((f"{place}.{base}" if place else base) in names for base in _BASES):
                 return None
             found = found or kind
-    return None if found is None else (found, _REMEDIES.get(found, _PEFT))
+    return None if found is None else (found, _REMEDIES.get(found, MERGE_WITH_PEFT))

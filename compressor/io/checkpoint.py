@@ -18,7 +18,7 @@ from compressor.arguments import require_model
 from compressor.documents import reading
 from compressor.errors import BadInput
 from compressor.formatting import format_size
-from compressor.io.adapters import adapter_kind
+from compressor.io.adapters import MERGE_WITH_PEFT, adapter_kind
 from compressor.io.files import (
     AnyFile,
     read_at,
@@ -409,11 +409,17 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
     source = checkpoint.source
     if (kind := adapter_kind({*checkpoint.tensors, *checkpoint.aliases})) is not None:
         raise BadInput(f"is a {kind[0]}, not a model", where=source, remedy=kind[1])
+    if adapter_config(checkpoint) is not None:
+        raise BadInput("is a PEFT adapter, not a model", where=source, remedy=MERGE_WITH_PEFT)
+
+
+def adapter_config(checkpoint: Checkpoint) -> Path | None:
+    """The configuration of PEFT that belongs to a checkpoint: in its folder, or beside a file that is named for it."""
+    source = checkpoint.source
     if source is None or (checkpoint.folder is None and not source.name.startswith("adapter_model.")):
-        return
-    if ((checkpoint.folder or source.parent) / ADAPTER_CONFIG).is_file():
-        remedy = "make a model of it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
-        raise BadInput("is a PEFT adapter, not a model", where=source, remedy=remedy)
+        return None
+    path = (checkpoint.folder or source.parent) / ADAPTER_CONFIG
+    return path if path.is_file() else None
 
 
 def _checkpoint(
