@@ -8,7 +8,7 @@ CONSTRAINTS ?= --constraint constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: docs demo test test-fast test-oldest explore-properties coverage lint types chromium clean
+.PHONY: docs site demo test test-fast test-oldest explore-properties coverage lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,11 @@ docs: .venv/dev
 	$(BIN)/python -m compressor.api.reference
 	$(BIN)/python -m docs.design.rooms
 	$(BIN)/python -m docs.tables
+	$(MAKE) site
+
+# The documentation's site, in build/site; a link that leads nowhere is an error.
+site: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The browser that the explorer's tests are run in, as root on Debian; without it they are skipped.
 chromium:

@@ -462,6 +462,35 @@ def points(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Sizes of ours that stand beside layers all of so many bits, and the groups of these methods.
+BESIDE = {8: 0.5, 4: 0.25, 3: 0.2, 2: 0.13}
+GROUPS = {8: ("8", "W8A16"), 4: ("4g128", "W4A16", "W4A16 g128"), 3: ("3g128", "W3A16", "W3A16 g128")}
+GROUPS[2] = ("2g64", "W2A16", "W2A16 g128")
+OTHERS = {"rounded to nearest": ("nearest",), "GPTQ": ("GPTQ", "llm-compressor GPTQ"), "AutoRound": ("AutoRound",)}
+
+
+def beside_others(document: Mapping[str, Any]) -> str:
+    """Ours beside all layers in 8, 4, 3, and 2 bits: share of the 16-bit bytes, and mean loss increase.
+
+    Of two implementations of GPTQ the better one is shown.
+    """
+    lines = [_line(["model", "beside", "ours", *OTHERS]), "|---" * (3 + len(OTHERS)) + "|"]
+    for model, rows in by_model(document):
+        points = points_of(rows)
+        for bits, share in BESIDE.items():
+            ours = _at(points, "ours", share)
+            if ours is None:
+                continue
+            found = [ours]
+            for names in OTHERS.values():
+                methods = {f"{name} {group}" for name in names for group in GROUPS[bits]}
+                of_name = [point for point in points if point.method in methods]
+                found.append(min(of_name, key=lambda point: point.mean, default=None))
+            cells = ["" if each is None else f"{each.stored:.1%}: {_nats(each.mean)}" for each in found]
+            lines.append(_line([model, f"int{bits}", *cells]))
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Point:
     """A method at a size: the mean share of the bytes, the losses of the draws, and their mean standard error."""

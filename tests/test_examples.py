@@ -1,4 +1,4 @@
-"""What the README promises to builds and servers: the release gate of the examples, and pairs in plain PyTorch."""
+"""What the pages promise to builds and servers: the release gate of the examples, and pairs in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -126,9 +126,9 @@ def test_both_outcomes_are_logged_with_numbers_and_files(runs: tuple[Path, dict[
     assert run.data.params["command"].startswith("compress digits-mlp --keep 0.4 --prefer size")
 
 
-def test_the_gate_of_the_readme_is_a_workflow_whose_command_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (EXAMPLE.parents[1] / "README.md").read_text(encoding="utf-8")
-    [snippet] = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+def test_the_gate_of_the_pages_is_a_workflow_whose_command_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "quality-gates.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     [job] = yaml.safe_load(snippet)["jobs"].values()
     [command] = [step["run"] for step in job["steps"] if step.get("run", "").startswith("compress ")]
     asked: list[Any] = []
