@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 _OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((?:\.\./)+([\w./-]+)(#[\w-]*)?\)")
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Files, *, config: Any) -> Files:
     """The pictures are files of the site."""
     for picture in sorted((ROOT / "benchmarks" / "results").glob("*.svg")):
         place = f"pictures/{picture.name}"
@@ -21,7 +21,7 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
     """Pictures are those of the site, and links to other files are their paths."""
     above = "../" * page.file.src_uri.count("/")
 
