@@ -127,7 +127,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         parser=given("MODEL", str),
-        help="A .safetensors, index, .bin or .pt file, a Hugging Face folder, or org/name on the Hugging Face hub.",
+        help="A .safetensors, index, .bin, .pt or .gguf file, a Hugging Face folder, or org/name on the Hugging Face "
+        "hub; to compress, inspect, plan and export also a LoRA adapter.",
         show_default=False,
     ),
 ]
@@ -136,7 +137,8 @@ Models = Annotated[
     typer.Argument(
         metavar="A B [C ...]",
         parser=given("MODEL", str),
-        help="Two or more networks of one architecture: weight files, or Hugging Face folders.",
+        help="Two or more networks of one architecture: weight files, or Hugging Face folders; or LoRA adapters of one "
+        "base.",
         show_default=False,
     ),
 ]

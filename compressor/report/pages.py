@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.adapters import ModulePlan
 from compressor.evaluation import Remark
 from compressor.formatting import (
     format_count,
@@ -137,7 +138,8 @@ def _pairs_facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _squeezed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
-    if (words := squeezed_words(plan)) is not None:
+    of_adapter = any(isinstance(layer, ModulePlan) for layer in plan.layers)  # whose modules have low rank anyway
+    if not of_adapter and (words := squeezed_words(plan)) is not None:
         yield "already", words
 
 
