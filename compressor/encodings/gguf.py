@@ -108,6 +108,7 @@ def gguf_checkpoint(path: str | Path) -> Checkpoint:
 @cache
 def _opened(path: Path, file: Path, _version: tuple[int, int]) -> Checkpoint:
     reader = _reader(file)
+    _require_possible_blocks(reader, path)
     folder = Path(tempfile.mkdtemp(prefix="compressor-gguf-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     there = {each.name: each for each in reader.tensors}
@@ -138,6 +139,15 @@ def _reader(file: Path) -> Any:
         return gguf.GGUFReader(file)
     except Exception as error:  # whatever the header makes the library raise
         raise BadInput(f"is not a valid GGUF file: {first_line(error)}", where=file, remedy=_REMEDY) from error
+
+
+def _require_possible_blocks(reader: Any, file: Path) -> None:
+    """Refuse metadata of more blocks than there are tensors, before a configuration lists them all."""
+    for name, field in reader.fields.items():
+        blocks = field.contents() if name.endswith(".block_count") else 0
+        if type(blocks) is not int or blocks > len(reader.tensors):
+            what = f"has {str(blocks)[:40]} blocks by its metadata, and {len(reader.tensors):,} tensors"
+            raise BadInput(what, where=file, remedy=_REMEDY)
 
 
 def _dtype(types: set[str]) -> torch.dtype:

@@ -151,6 +151,19 @@ def test_a_file_that_ends_early_is_refused(length: int, tmp_path: Path) -> None:
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_more_blocks_than_tensors_are_refused(architecture: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_block_count(2**31)
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BadInput, match="2147483648 blocks by its metadata, and 1 tensors"):
+        read_checkpoint(tmp_path / "model.gguf")
+
+
 def test_an_architecture_that_is_not_read_is_named(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "rwkv6")
     writer.add_tensor("blk.0.attn_q.weight", np.zeros((4, 4), dtype=np.float32))
