@@ -22,7 +22,8 @@ def test_no_property_fails_because_the_machine_is_busy() -> None:
 
 def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name: each for name, each in project["optional-dependencies"].items() if name not in ("dev", "docs")}  # tools
+    tools = ("dev", "docs")
+    extras = {name: each for name, each in project["optional-dependencies"].items() if name not in tools}
     bounded = [Requirement(line) for line in sum(extras.values(), project["dependencies"])]
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     pinned = [Requirement(line) for line in lines if not line.startswith("#")]
