@@ -142,3 +142,8 @@ class StoredTensors:
         """What refuses a tensor of which a part is not there."""
         what = f"{part[:200]}, without which {name[:200]} cannot be read, is missing"
         return BadInput(what, where=self.where, remedy="give the whole model, with its config.json, or the original")
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """The scales that E8M0 stores as bytes, in float32; its byte 255 is NaN."""
+    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.encodings.encoded import EncodedTensor, Part, StoredTensors
+from compressor.encodings.encoded import EncodedTensor, Part, StoredTensors, powers_of_two
 
 FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _SCALES = ("_scale_inv", "_scale")
@@ -42,18 +42,13 @@ class ScaledFloats:
         values, scales = parts[0].to(torch.float32), parts[1].to(torch.float32)
         rows, columns = self.shape[-2:]
         grid = (-(-rows // self.block[0]), -(-columns // self.block[1]))
-        scales = _exponents(parts[1]) if parts[1].dtype == torch.uint8 else scales
+        scales = powers_of_two(parts[1]) if parts[1].dtype == torch.uint8 else scales
         scales = scales.reshape(-1, *grid)
         blocks = values.view(-1, rows, columns)
         by_row = scales.repeat_interleave(self.block[0], 1)[:, :rows] if self.block[0] > 1 else scales
         for column in range(grid[1]):
             blocks[:, :, column * self.block[1] : (column + 1) * self.block[1]] *= by_row[:, :, column : column + 1]
         return values
-
-
-def _exponents(scales: Tensor) -> Tensor:
-    """Powers of two that are stored as bytes."""
-    return torch.exp2(scales.to(torch.float32) - 127.0)
 
 
 def scaled_floats(file: StoredTensors) -> Iterator[EncodedTensor]:

@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.encodings.encoded import EncodedTensor, Part, StoredTensors
+from compressor.encodings.encoded import EncodedTensor, Part, StoredTensors, powers_of_two
 
 _GROUP = 32
-_BIAS = 127
 # E2M1: a sign, two bits of exponent, and one of mantissa.
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -35,7 +34,7 @@ class Mxfp4:
     def decode(self, *parts: Tensor) -> Tensor:
         blocks, exponents = parts
         values = torch.tensor((*_VALUES, *(-each for each in _VALUES)), dtype=torch.float32, device=blocks.device)
-        scales = torch.exp2(exponents.to(torch.float32) - _BIAS)
+        scales = powers_of_two(exponents)
         *matrices, outputs, groups, _ = blocks.shape
         found = torch.empty(*matrices, groups * _GROUP, outputs, device=blocks.device)
         # A matrix at a time, for an index of its own takes eight bytes a number.

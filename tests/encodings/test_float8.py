@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor import BadInput
+from compressor import BadInput, compress
 from compressor.encodings import decoded, encoded_in
 from compressor.io import Checkpoint, open_checkpoint
 from tests.encodings.stored import Quantize, float8_blocks, float8_rows, float8_tensor
@@ -62,6 +62,17 @@ def test_scales_may_be_powers_of_two_in_a_byte(tmp_path: Path) -> None:
     for scales in (exponents, exponents.view(torch.float8_e8m0fnu)):
         stored = {"a.weight": values, "a.weight_scale_inv": scales, "a.bias": torch.ones(64)}
         assert torch.equal(opened(tmp_path, stored, (32, 32)).read("a.weight"), means)
+
+
+def test_the_largest_byte_of_powers_of_two_is_no_number(tmp_path: Path) -> None:
+    scales = torch.tensor([[127, 255]], dtype=torch.uint8)
+    for each in (scales, scales.view(torch.float8_e8m0fnu)):
+        stored = {"a.weight": torch.ones(128, 256).to(torch.float8_e4m3fn), "a.weight_scale_inv": each}
+        read = opened(tmp_path, stored).read("a.weight")
+        assert torch.equal(read[:, :128], torch.ones(128, 128, dtype=read.dtype))
+        assert read[:, 128:].isnan().all()
+        with pytest.raises(BadInput, match=r"tensor a\.weight: holds 16384 NaN and 0 infinite values"):
+            compress(tmp_path / "model.safetensors", output=tmp_path / "small.safetensors", keep=0.5)
 
 
 def test_blocks_are_of_128_where_nothing_says_another_size(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from compressor import BadInput
 from compressor.encodings import decoded
-from compressor.io import open_checkpoint
+from compressor.io import open_checkpoint, require_finite
 
 SAID = {"quant_method": "mxfp4"}
 
@@ -43,6 +43,17 @@ def test_every_number_of_four_bits_is_itself(tmp_path: Path) -> None:
     positive = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     assert read[::2].tolist() == [2 * each for each in (*positive, *(-each for each in positive))]
     assert not read[1::2].any()
+
+
+def test_the_largest_exponent_is_no_number(tmp_path: Path) -> None:
+    blocks = torch.zeros(1, 2, 1, 16, dtype=torch.uint8)
+    scales = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1)
+    save_file({"a_blocks": blocks, "a_scales": scales}, tmp_path / "model.safetensors")
+    read = decoded(open_checkpoint(tmp_path / "model.safetensors"), SAID).read("a")
+    assert not read[..., 0].any()
+    assert read[..., 1].isnan().all()
+    with pytest.raises(BadInput, match="tensor a: holds 32 NaN and 0 infinite values"):
+        require_finite("a", read)
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
