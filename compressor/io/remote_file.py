@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,12 @@ from compressor.errors import BadInput, first_line
 _MOST_FAILURES = 3
 # Seconds after the first failure; further ones take multiples of it.
 _PAUSE = 0.5
+# Answers that stay the same when asked again: no access, or no such file.
+_FINAL = (401, 403, 404)
+# Numbers that are longer are no places in a file, and int() refuses thousands of digits.
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
+_AGAIN = "try again, or fetch the model first with 'hf download'"
+_ACCESS = "check its name, and for a private or gated model log in with 'hf auth login'"
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,29 @@ class RemoteFile:
         with get_session().stream("GET", self.url, headers=headers) as response:
             if response.is_error:
                 response.read()
-            hf_raise_for_status(response)
+            try:
+                hf_raise_for_status(response)
+            except Exception as error:
+                if response.status_code not in _FINAL:
+                    raise
+                raise self._refused(f"cannot be read ({first_line(error)})", remedy=_ACCESS) from error
             # A whole file in answer to a range may be larger than memory.
             if response.status_code != 206:
                 raise self._refused("is not given in parts")
+            if not self._is_from(response.headers.get("Content-Range", ""), begin, end):
+                raise self._refused("is given in other parts than asked for")
             yield from response.iter_bytes()
 
-    def _refused(self, what: str) -> BadInput:
-        return BadInput(what, where=self.where, remedy="try again, or fetch the model first with 'hf download'")
+    def _is_from(self, content_range: str, begin: int, end: int) -> bool:
+        """Whether the header of an answer (RFC 9110, section 14.4) says that it begins where it should, in this file.
+
+        An answer may end early; what is left is asked for again.
+        """
+        said = _CONTENT_RANGE.fullmatch(content_range.strip())
+        if said is None:
+            return False
+        first, last, whole = said.groups()
+        return int(first) == begin <= int(last) < end and whole in ("*", str(self.size))
+
+    def _refused(self, what: str, *, remedy: str = _AGAIN) -> BadInput:
+        return BadInput(what, where=self.where, remedy=remedy)

@@ -77,14 +77,16 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith("/org/name/resolve/"):
             commit, _, name = path.removeprefix("/org/name/resolve/").partition("/")
             content, status = self.files[name], 200
+            said = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": commit}
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
             if asked is not None and self.gives_parts:
                 part, status = content[int(asked[1]) : int(asked[2]) + 1], 206
+                said["Content_Range"] = f"bytes {asked[1]}-{asked[2]}/{len(content)}"
             else:
                 part = content
             if self.command == "GET":
                 self.served[name] = self.served.get(name, 0) + len(part)
-            self.answer(part, status, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
+            self.answer(part, status, **said)
         else:
             self.answer({}, 404, X_Error_Code="RepoNotFound", X_Error_Message="no such repository")
 

@@ -17,10 +17,15 @@ CONTENT = bytes(range(256)) * 8
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves ranges of the content, of each at most so many bytes before the connection breaks."""
+    """Serves ranges of the content, of each at most so many bytes before the connection breaks.
+
+    `said` is what it says of a range, where that is not what it is, and `status` what it answers with.
+    """
 
     at_once: int
     more: bytes
+    said: str | None
+    status: int
     ranges: list[tuple[int, int]]
 
     def log_message(self, *_: object) -> None: ...
@@ -31,8 +36,11 @@ class Server(BaseHTTPRequestHandler):
         begin, end = int(asked[1]), int(asked[2]) + 1
         self.ranges.append((begin, end))
         part = CONTENT[begin:end] + self.more
-        self.send_response(206)
+        self.send_response(self.status)
         self.send_header("Content-Length", str(len(part)))
+        said = f"bytes {begin}-{end - 1}/{len(CONTENT)}" if self.said is None else self.said
+        if said:
+            self.send_header("Content-Range", said)
         self.end_headers()
         self.wfile.write(part[: self.at_once])
         self.close_connection = True
@@ -46,8 +54,11 @@ def make() -> Iterator[Make]:
     """What starts a server, and gives its file."""
     servers = []
 
-    def started(at_once: int, more: bytes = b"") -> tuple[RemoteFile, type[Server]]:
-        handler = type("OwnServer", (Server,), {"at_once": at_once, "more": more, "ranges": []})
+    def started(
+        at_once: int, more: bytes = b"", *, said: str | None = None, status: int = 206
+    ) -> tuple[RemoteFile, type[Server]]:
+        own = {"at_once": at_once, "more": more, "said": said, "status": status, "ranges": []}
+        handler = type("OwnServer", (Server,), own)
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
@@ -91,3 +102,44 @@ def test_more_than_was_asked_for_is_refused(make: Make) -> None:
     file, _ = make(len(CONTENT), b"more")
     with pytest.raises(BadInput, match="sends more than was asked for"):
         file.read_at(0, memoryview(bytearray(10)))
+
+
+@pytest.mark.parametrize("size", [str(len(CONTENT)), "*"])
+def test_a_part_of_the_range_is_taken_and_the_rest_asked_for(size: str, make: Make) -> None:
+    file, server = make(4, said=f"bytes 20-23/{size}")
+    buffer = bytearray(10)
+    with pytest.raises(BadInput, match="is given in other parts than asked for"):  # the rest is not from 20
+        file.read_at(20, memoryview(buffer))
+    assert bytes(buffer) == CONTENT[20:24] + bytes(6)
+    assert server.ranges == [(20, 30), (24, 30)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        f"bytes 0-9/{len(CONTENT)}",
+        f"bytes 20-30/{len(CONTENT)}",
+        f"bytes 20-19/{len(CONTENT)}",
+        f"bytes 20-29/{len(CONTENT) + 1}",
+        f"bytes */{len(CONTENT)}",
+        "bytes 20-29/" + "9" * 5000,
+        f"items 20-29/{len(CONTENT)}",
+    ],
+)
+def test_another_range_than_was_asked_for_is_refused_at_once(said: str, make: Make) -> None:
+    file, server = make(len(CONTENT), said=said)
+    buffer = bytearray(10)
+    with pytest.raises(BadInput, match="org/name/w: is given in other parts than asked for"):
+        file.read_at(20, memoryview(buffer))
+    assert not any(buffer)
+    assert len(server.ranges) == 1
+
+
+@pytest.mark.parametrize(("status", "times"), [(401, 1), (403, 1), (404, 1), (500, 3), (503, 3)])
+def test_only_what_may_change_is_asked_for_again(status: int, times: int, make: Make) -> None:
+    file, server = make(len(CONTENT), status=status)
+    with pytest.raises(BadInput, match=f"org/name/w: cannot be read .*{status}") as refused:
+        file.read_at(0, memoryview(bytearray(10)))
+    assert len(server.ranges) == times
+    assert ("hf auth login" in str(refused.value)) == (times == 1)
