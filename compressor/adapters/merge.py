@@ -112,6 +112,11 @@ def _require_addable(adapter: Adapter, first: Adapter) -> None:
     if base and other and base != other:
         what = f"is of the base {str(other)[:80]}, and the first of {str(base)[:80]}"
         raise BadInput(what, where=where, option="models", remedy="merge adapters of one base")
+    # A model that is part of no pipeline beside one that is; the text encoder and the UNet of one may be merged.
+    if "" in adapter.parts | first.parts and adapter.parts.isdisjoint(first.parts):
+        own, of_first = (str(each.modules[0].name)[:60] for each in (adapter, first))
+        what = f"changes {own}, and the first {of_first}, so they are not of one base"
+        raise BadInput(what, where=where, option="models", remedy="merge adapters of one base")
     beside = [each.name for module in adapter.modules for each in module.beside]
     if beside or adapter.others:
         name = beside[0] if beside else adapter.others[0].name

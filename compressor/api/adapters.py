@@ -226,6 +226,8 @@ def merge_adapters(models: Sequence[str | Path], opened: Sequence[Adapter | None
     if len(weights) != len(adapters):
         what = f"{len(weights)} weights of {len(adapters)} adapters"
         raise BadInput(what, option="weights", remedy="give one for each, in their order")
+    if not any(weights):
+        raise BadInput("the sum of nothing is no adapter", option="weights", remedy="give one that is not zero")
     merged = merged_adapter(adapters, weights)
     budget = next((checked_budget(_budget(*each)) for each in asked.adapter_budget.items()), None)
     first, *others = (adapter.checkpoint for adapter in adapters)

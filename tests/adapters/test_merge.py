@@ -134,11 +134,17 @@ def test_what_does_not_add_is_refused(tmp_path: Path) -> None:
     dora = tensors_in(second)
     dora |= {next(iter(dora)).rpartition(".lora_")[0] + ".dora_scale": torch.ones(1, 32)}
     save_file(dora, tmp_path / "dora.safetensors")
+    language, path = peft_folder(tmp_path / "language"), "base_model.model.model.layers.0.self_attn.q_proj"
+    lora = {f"{path}.lora_A.weight": torch.randn(4, 24), f"{path}.lora_B.weight": torch.randn(24, 4)}
+    save_file(lora, language / "adapter_model.safetensors")
     out = {"output": tmp_path / "both.safetensors"}
     for models, options, words in (
         ([first, tmp_path / "model.safetensors"], {}, "no adapter"),
         ([first, tmp_path / "narrow.safetensors"], {}, "not of one base"),
         ([first, tmp_path / "dora.safetensors"], {}, "DoRA"),
+        ([language, first], {}, r"changes unet\.down_blocks.* and the first model\.layers.* not of one base"),
+        ([first, language], {}, r"changes model\.layers.* and the first unet\.down_blocks.* not of one base"),
+        ([first, second], {"weights": (0, 0)}, "sum of nothing"),
         ([first, second], {"mode": "concat"}, "adapters are added"),
         ([first, second], {"weights": (1.0,)}, "1 weights of 2"),
         ([first, second], {"weights": "a,b"}, "not a number"),
