@@ -6,7 +6,7 @@ from compressor.adapters.inspection import AdapterInspection, InspectedModule, i
 from compressor.adapters.merge import merged_adapter
 from compressor.adapters.module import Adapter, AdapterModule, is_magnitude
 from compressor.adapters.names import ModuleName
-from compressor.adapters.plan import ModulePlan, adapter_plan
+from compressor.adapters.plan import ModulePlan, adapter_plan, planned_ranks
 from compressor.adapters.resize import (
     ModuleChange,
     ModuleSpectrum,
@@ -36,6 +36,7 @@ __all__ = [
     "merged_adapter",
     "module_change",
     "needs_spectra",
+    "planned_ranks",
     "read_adapter",
     "relative_error",
     "resized_artifact",

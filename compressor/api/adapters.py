@@ -21,6 +21,7 @@ from compressor.adapters import (
     merged_adapter,
     module_change,
     needs_spectra,
+    planned_ranks,
     read_adapter,
     relative_error,
     resized_artifact,
@@ -51,14 +52,14 @@ from compressor.io import (
     open_checkpoint,
 )
 from compressor.model import ModelLike
-from compressor.planning import PLANNING, Budget, Plan, checked_budget
+from compressor.planning import PLANNING, Budget, Plan, checked_budget, given_plan
 from compressor.planning.budget import BudgetKind
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
 from compressor.results import AdapterChange, BeforeAfter, Compression, Export, Inspection, Merging
 from compressor.torch_state import CPU
 
-_RESIZED_BY = frozenset({"rank", "keep", "energy", "max_size", "tolerance"})
+_RESIZED_BY = frozenset({"rank", "keep", "energy", "max_size", "tolerance", "plan"})
 _ALLOWED = _RESIZED_BY | {"output", "overwrite", "progress", "revision", "push_to", "dry_run"}
 
 
@@ -116,9 +117,10 @@ def compress_adapter(adapter: Adapter, asked: CompressOptions) -> Compression:
     require_adapter_options(asked, _ALLOWED)
     # Without a budget what is lost is as of a model that nothing is known of.
     budget = requested_budget(asked) or Budget("tolerance", PLANNING.safe_tolerance)
+    given = None if asked.plan is None else planned_ranks(adapter, *given_plan(asked.plan))
     target = None if asked.dry_run else _target(adapter, asked)
     with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
-        ranks, planned = _ranks(adapter, budget, asked.progress, engine=engine, predicts=asked.dry_run)
+        ranks, planned = _ranks(adapter, budget, asked.progress, engine=engine, given=given, predicts=asked.dry_run)
         if requested_budget(asked) is None and all(
             module.kept_as_it_is(rank) for module, rank in zip(adapter.modules, ranks, strict=True)
         ):
@@ -281,21 +283,29 @@ def _load_words(dialect: AdapterDialect, path: str) -> str:
 
 
 def _ranks(
-    adapter: Adapter, budget: Budget, progress: Progress | None, *, engine: Engine, predicts: bool = False
+    adapter: Adapter,
+    budget: Budget,
+    progress: Progress | None,
+    *,
+    engine: Engine,
+    given: tuple[int, ...] | None = None,
+    predicts: bool = False,
 ) -> tuple[tuple[int, ...], list[ModuleChange]]:
-    """The ranks of a budget and, where singular values decided about them, what they will make of each module.
+    """The ranks, of a budget or those `given`, and where singular values were computed what they make of each module.
 
-    Where nothing is written that would tell what becomes of the modules, it `predicts` that for any budget.
+    Where nothing is written that would tell what becomes of the modules, it `predicts` that for any ranks.
     """
-    if not needs_spectra(budget) and not predicts:
-        return adapter_ranks(adapter, budget), []
+    if given is None and not needs_spectra(budget):
+        given = adapter_ranks(adapter, budget)
+    if given is not None and not predicts:
+        return given, []
 
     spectra = _spectra(adapter, progress, engine=engine)
 
     def size_at(ranks: Sequence[int]) -> int:
         return resized_artifact(adapter, ranks).bytes
 
-    ranks = adapter_ranks(adapter, budget, spectra=spectra, size_at=size_at)
+    ranks = adapter_ranks(adapter, budget, spectra=spectra, size_at=size_at) if given is None else given
     changes = [
         module_change(each, rank if not each.module.kept_as_it_is(rank) else None)
         for each, rank in zip(spectra, ranks, strict=True)
