@@ -73,8 +73,8 @@ class Diffusers:
             if part not in known and adapter.dialect == "diffusers" and all(e.module.scale == 1 for e in of_part):
                 continue
             ranks = {each.module.name.path: each.rank for each in of_part}
-            scales = {each.module.name.path: each.module.scale for each in of_part}
-            config = {"target_modules": sorted(ranks), **known.get(part, {}), **lora_ranks(ranks, scales)}
+            alphas = {each.module.name.path: each.module.scaled.alpha_at(each.rank) for each in of_part}
+            config = {"target_modules": sorted(ranks), **known.get(part, {}), **lora_ranks(ranks, alphas)}
             of_parts |= {f"{part}.{name}": value for name, value in (config | {"use_rslora": False}).items()}
         if of_parts:
             kept[METADATA] = json.dumps(of_parts, indent=2, sort_keys=True)

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from compressor.adapters.lycoris import Loha, Lokr, loha_of, lokr_of
-from compressor.adapters.module import REMEDY, AdapterModule, Factors, ModuleKind, Stored, lora_of, require_floats
+from compressor.adapters.module import (
+    REMEDY,
+    AdapterModule,
+    Factors,
+    ModuleKind,
+    Scale,
+    Stored,
+    lora_of,
+    require_floats,
+)
 from compressor.adapters.names import ModuleName
 from compressor.errors import BadInput
 from compressor.io import Checkpoint
@@ -70,10 +79,10 @@ class Group:
         if isinstance(factors, Lokr) and factors.whole:
             alpha = None  # two whole factors are never scaled
         rank = factors.scaled_by if isinstance(factors, Loha | Lokr) else factors.rank
-        scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if stabilized else rank)
+        scaled = Scale() if alpha is None else Scale(alpha, math.sqrt(rank) if stabilized else rank)
         embedding = "down" in self.roles and self.roles["down"].name.endswith(".lora_embedding_A")
         kind: ModuleKind = "embedding" if embedding else "convolution" if kernel else "linear"
-        return AdapterModule(name, self.place, kind, factors, shape, kernel, scale, alpha=stored, beside=self.beside)
+        return AdapterModule(name, self.place, kind, factors, shape, kernel, scaled, alpha=stored, beside=self.beside)
 
 
 def grouped(checkpoint: Checkpoint) -> tuple[list[Group], list[Stored]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compressor.adapters.dialects import DIALECTS
-from compressor.adapters.module import Adapter, AdapterModule, Stored, is_magnitude
+from compressor.adapters.module import Adapter, AdapterModule, Scale, Stored, is_magnitude
 from compressor.adapters.names import ModuleName
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair
@@ -82,10 +82,10 @@ def _merged(several: Sequence[tuple[AdapterModule, float]], *, place: str, keeps
             what = f"is of {shapes} in two of them, so they are not of one base"
             raise BadInput(what, where=str(first.name), option="models", remedy="merge adapters of one base")
     factors = [module.scale * weight for module, weight in several]
-    scale = factors[0] if keeps_scale and len(set(factors)) == 1 else 1.0
-    common = scale != 1.0
+    common = keeps_scale and len(set(factors)) == 1 and factors[0] != 1.0
+    scaled = Scale(first.scaled.alpha * several[0][1], first.scaled.over) if common else Scale()
     parts = tuple(Part(module, 1.0 if common else factor) for (module, _), factor in zip(several, factors, strict=True))
-    return replace(first, place=place, factors=Concatenated(parts), scale=scale, alpha=None, beside=())
+    return replace(first, place=place, factors=Concatenated(parts), scaled=scaled, alpha=None, beside=())
 
 
 def _place(module: AdapterModule, adapter: Adapter, first: Adapter) -> str:

@@ -104,6 +104,22 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What a product counts, `alpha / over`: as both, since their quotient times a rank would be rounded twice."""
+
+    alpha: float = 1.0
+    over: float = 1.0
+
+    @property
+    def value(self) -> float:
+        return self.alpha / self.over
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that over this rank is the same scale."""
+        return self.alpha if rank == self.over else self.alpha * rank / self.over
+
+
+@dataclass(frozen=True)
 class AdapterModule:
     """One module that the adapter changes, by `scale` times the product of its factors.
 
@@ -114,7 +130,7 @@ class AdapterModule:
         factors: The update without its scale.
         shape: The matrix of the update, `d_out x d_in`; a convolution's inputs are those of all positions.
         kernel: The kernel of a convolution, empty for others.
-        scale: What the product counts: `alpha / r`, or `alpha / sqrt(r)` where it is stabilized.
+        scaled: What the product counts: `alpha / r`, or `alpha / sqrt(r)` where it is stabilized.
         alpha: Where alpha is stored, if it has a tensor.
         beside: What else is stored with it: the magnitudes of DoRA, a bias.
         channels: The inputs of one position of a convolution, else those of the matrix.
@@ -126,9 +142,13 @@ class AdapterModule:
     factors: Factors
     shape: tuple[int, int]
     kernel: tuple[int, ...]
-    scale: float
+    scaled: Scale
     alpha: Stored | None = None
     beside: tuple[Stored, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        return self.scaled.value
 
     @property
     def channels(self) -> int:

@@ -79,7 +79,7 @@ class Peft:
     def described(self, adapter: Adapter, modules: Sequence[WrittenModule]) -> Description:
         paths = [_path(each.module, adapter) for each in modules]
         ranks = dict(zip(paths, (each.rank for each in modules), strict=True))
-        scales = dict(zip(paths, (each.module.scale for each in modules), strict=True))
+        alphas = dict(zip(paths, (each.module.scaled.alpha_at(each.rank) for each in modules), strict=True))
         base: Mapping[str, Any] = adapter.config or {
             "peft_type": "LORA",
             "task_type": None,
@@ -89,19 +89,18 @@ class Peft:
             "bias": "none",
             "target_modules": sorted(paths),
         }
-        config = dict(base) | lora_ranks(ranks, scales) | {"use_rslora": False}
+        config = dict(base) | lora_ranks(ranks, alphas) | {"use_rslora": False}
         return Description({"format": "pt"}, {ADAPTER_CONFIG: config})
 
 
-def lora_ranks(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
-    """What a configuration says so that each module has its rank and its scale, `alpha / r`."""
-    alphas = {path: _whole(scales[path] * rank) for path, rank in ranks.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+def lora_ranks(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """What a configuration says so that each module has its rank and its alpha."""
+    rank, alpha = _most_common(ranks.values()), _whole(_most_common(alphas.values()))
     return {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {f"^{re.escape(path)}": each for path, each in ranks.items() if each != rank},
-        "alpha_pattern": {f"^{re.escape(path)}": each for path, each in alphas.items() if each != alpha},
+        "alpha_pattern": {f"^{re.escape(path)}": _whole(each) for path, each in alphas.items() if each != alpha},
     }
 
 

@@ -83,7 +83,7 @@ def written_modules(adapter: Adapter, ranks: Sequence[int], dialect: AdapterDial
         # In other names only pairs can be kept; what else there is becomes one of its full rank.
         kept = kept and module.factors.is_stored and (module.factors.is_pair or dialect == adapter.dialect)
         of_factors = module.factors.rank if kept else min(rank, module.rank)
-        found.append(WrittenModule(module, of_factors, kept, module.scale * of_factors))
+        found.append(WrittenModule(module, of_factors, kept, module.scaled.alpha_at(of_factors)))
     return tuple(_with_one_alpha(found, adapter) if dialect == "kohya" else found)
 
 
@@ -92,7 +92,9 @@ def _with_one_alpha(modules: Sequence[WrittenModule], adapter: Adapter) -> Itera
 
     diffusers (0.42) does not find the alpha of an attention layer in a file of kohya's scripts if modules differ in it.
     """
-    before = Counter(each.module.scale * each.module.factors.rank for each in modules if each.module.factors.is_pair)
+    before = Counter(
+        each.module.scaled.alpha_at(each.module.factors.rank) for each in modules if each.module.factors.is_pair
+    )
     common, _ = before.most_common(1)[0] if before else (0.0, 0)
     several = len({each.alpha for each in modules}) > 1
     for each in modules:
@@ -226,7 +228,7 @@ def _resized(job: _Job) -> _Resized:
             product = product_svd(pair)
             change, pair = module_change(_spectrum(module, product), rank), product.even_pair(rank)
         # Times the scale that is meant over the one that alpha will stand for.
-        ratio = module.scale * rank / job.written.alpha if job.written.alpha else 1.0
+        ratio = module.scaled.alpha_at(rank) / job.written.alpha if job.written.alpha else 1.0
         tensors += _as_stored(module, job.names, pair.scaled(ratio))
     if (alpha := job._alpha) is not None and job.names.alpha is not None:
         tensors.append((job.names.alpha, alpha))

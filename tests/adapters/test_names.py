@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_the_way_there_and_back_is_exact(tmp_path: Path, way: tuple[str, ...]) -
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize(
+    ("to", "rank", "alpha"), [("kohya", 49, 1), ("kohya", 98, 2), ("diffusers", 49, 1), ("diffusers", 35, 0.7)]
+)
+def test_alpha_comes_back_as_it_was_stated(tmp_path: Path, to: str, rank: int, alpha: float) -> None:
+    assert alpha / rank * rank != alpha  # what it is rounded to where the scale alone is kept
+    folder = peft_folder(tmp_path / "lora", {"lora_alpha": alpha}, rank=rank)
+    other = compressor.export(folder, to=to, output=tmp_path / "other.safetensors").output
+    back = Path(compressor.export(other, to="peft", output=tmp_path / "back").output)
+    config = json.loads((back / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (rank, alpha, {})
 
 
 def test_what_peft_alone_can_hold_is_refused(tmp_path: Path) -> None:
