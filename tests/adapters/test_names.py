@@ -86,7 +86,7 @@ def test_the_way_there_and_back_is_exact(tmp_path: Path, way: tuple[str, ...]) -
 @pytest.mark.parametrize(
     ("to", "rank", "alpha"), [("kohya", 49, 1), ("kohya", 98, 2), ("diffusers", 49, 1), ("diffusers", 35, 0.7)]
 )
-def test_alpha_comes_back_as_it_was_stated(tmp_path: Path, to: str, rank: int, alpha: float) -> None:
+def test_alpha_comes_back_as_it_was_stated(tmp_path: Path, *, to: str, rank: int, alpha: float) -> None:
     assert alpha / rank * rank != alpha  # what it is rounded to where the scale alone is kept
     folder = peft_folder(tmp_path / "lora", {"lora_alpha": alpha}, rank=rank)
     other = compressor.export(folder, to=to, output=tmp_path / "other.safetensors").output
