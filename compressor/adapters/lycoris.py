@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.adapters.module import REMEDY, Stored, require_small
+from compressor.adapters.module import REMEDY, Stored, require_of_a_layer, require_small
 from compressor.errors import BadInput
-from compressor.factorize import FactorPair
+from compressor.factorize import FactorPair, KroneckerProduct, Product
 
 Loaded = Mapping[str, Tensor]
 
@@ -39,7 +39,7 @@ class Loha:
 
     @property
     def rank(self) -> int:
-        return min(*self.shape, self.parts["hada_w1_b"].shape[0] * self.parts["hada_w2_b"].shape[0])
+        return min(*self.shape, _inner(self.parts, "hada_", "1") * _inner(self.parts, "hada_", "2"))
 
     @property
     def is_pair(self) -> bool:
@@ -49,15 +49,15 @@ class Loha:
     def is_stored(self) -> bool:
         return True
 
-    def read(self) -> FactorPair:
+    def read(self) -> Product:
         loaded = {name: each.read().double() for name, each in self.parts.items()}
         first, second = (_hada_pair(loaded, side) for side in "12")
         if first.rank * second.rank >= min(self.shape):
-            return _as_pair(first.product() * second.product())
+            return Product(_as_pair(first.product() * second.product()))
         # Rows of a column-wise product: each column of one factor with each of the other.
         up = (first.up[:, :, None] * second.up[:, None, :]).flatten(1)
         down = (first.down[:, None, :] * second.down[None, :, :]).flatten(0, 1)
-        return FactorPair(up, down)
+        return Product(FactorPair(up, down))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Lokr:
     @property
     def rank(self) -> int:
         (a, b), (c, d) = self.sides
-        small = min(a, b, self._inner("1"))
-        return min(*self.shape, small * min(c, d * math.prod(self.kernel), self._inner("2")))
+        first, second = (_inner(self.parts, "lokr_", side) for side in "12")
+        return min(a, b, first) * min(c, d * math.prod(self.kernel), second)
 
     @property
     def is_pair(self) -> bool:
@@ -97,19 +97,9 @@ class Lokr:
     def is_stored(self) -> bool:
         return True
 
-    def read(self) -> FactorPair:
+    def read(self) -> KroneckerProduct:
         loaded = {name: each.read().double() for name, each in self.parts.items()}
-        first, second = _kron_pair(loaded, "1"), _kron_pair(loaded, "2")
-        # Of views kron fails.
-        first, second = (FactorPair(each.up.contiguous(), each.down.contiguous()) for each in (first, second))
-        up, down = torch.kron(first.up, second.up), torch.kron(first.down, second.down)
-        if up.shape[1] >= min(self.shape):
-            return _as_pair(up @ down)
-        return FactorPair(up, down)
-
-    def _inner(self, which: str) -> int:
-        factor = self.parts.get(f"lokr_w{which}_b")
-        return max(self.shape) if factor is None else factor.shape[0]
+        return KroneckerProduct(_kron_pair(loaded, "1"), _kron_pair(loaded, "2"))
 
 
 def loha_of(parts: Mapping[str, Stored], place: str) -> tuple[Loha, tuple[int, int], tuple[int, ...]]:
@@ -135,6 +125,9 @@ def loha_of(parts: Mapping[str, Stored], place: str) -> tuple[Loha, tuple[int, i
         raise _misfit(shapes, place)
     shape, kernel = found[0]
     factors = Loha(parts, shape)
+    for side, core in zip("12", cores, strict=True):
+        if core is not None:
+            require_small(shape, _inner(parts, "hada_", side), place)
     require_small(shape, factors.rank, place)
     return factors, shape, kernel
 
@@ -146,15 +139,19 @@ def lokr_of(parts: Mapping[str, Stored], place: str) -> tuple[Lokr, tuple[int, i
     if math.prod(of_first) != 1:
         raise _misfit(shapes, place)
     shape = (a * c, b * d * math.prod(kernel))
-    factors = Lokr(parts, shape, ((a, b), (c, d)), kernel)
-    require_small(shape, factors.rank, place)
-    return factors, shape, kernel
+    require_of_a_layer(shape, place)
+    for side, of_side in (("1", (a, b)), ("2", (c, d * math.prod(kernel)))):
+        if f"lokr_w{side}" not in parts and f"lokr_t{side}" in parts:
+            require_small(of_side, _inner(parts, "lokr_", side), place)
+    return Lokr(parts, shape, ((a, b), (c, d)), kernel), shape, kernel
 
 
 def _kron_sides(shapes: Mapping[str, tuple[int, ...]], side: str, place: str) -> tuple[int, int, tuple[int, ...]]:
     whole, a, b = (shapes.get(f"lokr_w{side}{end}") for end in ("", "_a", "_b"))
     core = shapes.get(f"lokr_t{side}")
-    if whole is not None and len(whole) >= 2 and 0 not in whole:
+    if whole is not None:
+        if len(whole) < 2 or 0 in whole:
+            raise _misfit(shapes, place)
         return whole[0], whole[1], whole[2:]
     if a is None or b is None or len(a) != 2 or len(b) < 2 or 0 in (*a, *b):
         raise _misfit(shapes, place)
@@ -167,6 +164,15 @@ def _kron_sides(shapes: Mapping[str, tuple[int, ...]], side: str, place: str) ->
     return a[1], b[1], core[2:]
 
 
+def _inner(parts: Mapping[str, Stored], kind: str, side: str) -> int:
+    """The rank of the pair that one of the matrices is read as."""
+    if (whole := parts.get(f"{kind}w{side}")) is not None:
+        return min(whole.shape[0], math.prod(whole.shape[1:]))
+    factor = parts[f"{kind}w{side}_a"]
+    # With a core the first factor is stored transposed.
+    return factor.shape[0] if f"{kind}t{side}" in parts else factor.shape[1]
+
+
 def _hada_pair(loaded: Loaded, side: str) -> FactorPair:
     a, b = loaded[f"hada_w{side}_a"], loaded[f"hada_w{side}_b"]
     if (core := loaded.get(f"hada_t{side}")) is None:
@@ -175,13 +181,15 @@ def _hada_pair(loaded: Loaded, side: str) -> FactorPair:
 
 
 def _kron_pair(loaded: Loaded, side: str) -> FactorPair:
-    """One of the matrices, its positions flattened, as a pair."""
+    """One of the matrices, its positions flattened, as a pair of no more than its full rank."""
     if (whole := loaded.get(f"lokr_w{side}")) is not None:
         return _as_pair(whole.flatten(1))
     a, b = loaded[f"lokr_w{side}_a"], loaded[f"lokr_w{side}_b"]
     if (core := loaded.get(f"lokr_t{side}")) is None:
-        return FactorPair(a, b.flatten(1))
-    return FactorPair(a.T, torch.einsum("pq...,qi->pi...", core, b).flatten(1))
+        pair = FactorPair(a, b.flatten(1))
+    else:
+        pair = FactorPair(a.T, torch.einsum("pq...,qi->pi...", core, b).flatten(1))
+    return pair if pair.rank < min(len(pair.up), pair.down.shape[1]) else _as_pair(pair.product())
 
 
 def _as_pair(matrix: Tensor) -> FactorPair:

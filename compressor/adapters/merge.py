@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from compressor.adapters.dialects import DIALECTS
-from compressor.adapters.module import Adapter, AdapterModule, Scale, Stored, is_magnitude
+from compressor.adapters.module import Adapter, AdapterModule, Scale, Stored, is_magnitude, require_small
 from compressor.adapters.names import ModuleName
 from compressor.errors import BadInput
-from compressor.factorize import FactorPair
+from compressor.factorize import FactorPair, Product
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Concatenated:
     def is_stored(self) -> bool:
         return False
 
-    def read(self) -> FactorPair:
-        pairs = [part.module.factors.read() for part in self.parts]
+    def read(self) -> Product:
+        pairs = [part.module.factors.read().pair() for part in self.parts]
         ups = [pair.up.double() * part.factor for pair, part in zip(pairs, self.parts, strict=True)]
-        return FactorPair(torch.cat(ups, dim=1), torch.cat([pair.down.double() for pair in pairs]))
+        return Product(FactorPair(torch.cat(ups, dim=1), torch.cat([pair.down.double() for pair in pairs])))
 
 
 def merged_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -81,6 +81,9 @@ def _merged(several: Sequence[tuple[AdapterModule, float]], *, place: str, keeps
             shapes = f"{first.shape[0]} x {first.shape[1]} and {module.shape[0]} x {module.shape[1]}"
             what = f"is of {shapes} in two of them, so they are not of one base"
             raise BadInput(what, where=str(first.name), option="models", remedy="merge adapters of one base")
+    for module, _ in several:
+        if not module.factors.is_pair:
+            require_small(module.shape, module.factors.rank, str(module.name), remedy="merge it into its base")
     factors = [module.scale * weight for module, weight in several]
     common = keeps_scale and len(set(factors)) == 1 and factors[0] != 1.0
     scaled = Scale(first.scaled.alpha * several[0][1], first.scaled.over) if common else Scale()

@@ -15,11 +15,12 @@ from torch import Tensor
 from compressor.adapters.names import ModuleName, is_of_diffusers
 from compressor.choices import AdapterDialect
 from compressor.errors import BadInput
-from compressor.factorize import FactorPair
+from compressor.factorize import FactorPair, KroneckerProduct, Product
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_finite
 
 REMEDY = "use the file as its training wrote it"
-_LARGEST_PAIR = 2**30  # numbers
+_LARGEST_PAIR = 2**27  # numbers: 8192 x 8192 in full, a gigabyte in float64
+_LARGEST_SIDES = 2**20
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 ModuleKind = Literal["linear", "convolution", "embedding"]
@@ -66,8 +67,8 @@ class Factors(Protocol):
     def is_stored(self) -> bool:
         """Whether its tensors can go along as they are."""
 
-    def read(self) -> FactorPair:
-        """Two matrices whose product is the update: `d_out x r` and `r x d_in`."""
+    def read(self) -> Product | KroneckerProduct:
+        """The update, as the matrices that it is a product of."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class Lora:
     def is_stored(self) -> bool:
         return True
 
-    def read(self) -> FactorPair:
+    def read(self) -> Product:
         down, up = self.down.read(), self.up.read().flatten(1)
         if self.mid is None:
-            return FactorPair(up, down.flatten(1))
+            return Product(FactorPair(up, down.flatten(1)))
         core = self.mid.read().double()
         spread = torch.einsum("pq...,qi->pi...", core, down.flatten(1).double())
-        return FactorPair(up.double(), spread.flatten(1))
+        return Product(FactorPair(up.double(), spread.flatten(1)))
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,18 @@ def require_floats(tensors: Sequence[Stored]) -> None:
             raise BadInput(f"{each.name} is stored in {dtype}", remedy=remedy)
 
 
-def require_small(shape: tuple[int, int], rank: int, place: str) -> None:
-    """Refuse a product that is larger than any layer, before it is formed: a few numbers can stand for it."""
+def require_small(shape: tuple[int, int], rank: int, place: str, *, remedy: str = REMEDY) -> None:
+    """Refuse factors that take more memory than those of any layer, before they are formed from a few numbers."""
     if rank * sum(shape) > _LARGEST_PAIR:
-        raise BadInput(f"stands for a matrix of {shape[0]:,} x {shape[1]:,}", where=place, remedy=REMEDY)
+        what = f"stands for a matrix of {shape[0]:,} x {shape[1]:,}, of rank {rank:,}, which takes too much memory"
+        raise BadInput(what, where=place, remedy=remedy)
+
+
+def require_of_a_layer(shape: tuple[int, int], place: str) -> None:
+    """Refuse a matrix that is larger than any layer's."""
+    if sum(shape) > _LARGEST_SIDES:
+        what = f"stands for a matrix of {shape[0]:,} x {shape[1]:,}, larger than any layer's"
+        raise BadInput(what, where=place, remedy=REMEDY)
 
 
 def is_magnitude(name: str) -> bool:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from compressor.adapters.dialect import Dialect, FactorNames, WrittenModule
 from compressor.adapters.dialects import DIALECTS
-from compressor.adapters.module import Adapter, AdapterModule, Stored, is_magnitude
+from compressor.adapters.module import Adapter, AdapterModule, Stored, is_magnitude, require_small
 from compressor.choices import AdapterDialect
 from compressor.engine import Engine, InProcess
 from compressor.errors import BadInput
-from compressor.factorize import FactorPair, ProductSVD, product_norm, product_svd
+from compressor.factorize import FactorPair, KroneckerProduct, KroneckerSVD, Product, ProductSVD
 from compressor.io import Artifact, Document, TensorInfo, require_in_range
 from compressor.measure import Spectrum
 
@@ -59,8 +59,7 @@ class _Resized:
 
 def module_spectrum(module: AdapterModule) -> ModuleSpectrum:
     """The singular values of what a module adds."""
-    pair = module.factors.read()
-    return _spectrum(module, product_svd(pair))
+    return _spectrum(module, module.factors.read().svd())
 
 
 def adapter_spectra(
@@ -83,6 +82,9 @@ def written_modules(adapter: Adapter, ranks: Sequence[int], dialect: AdapterDial
         # In other names only pairs can be kept; what else there is becomes one of its full rank.
         kept = kept and module.factors.is_stored and (module.factors.is_pair or dialect == adapter.dialect)
         of_factors = module.factors.rank if kept else min(rank, module.rank)
+        if not kept and module.factors.is_stored and not module.factors.is_pair:
+            # A few numbers can stand for it.
+            require_small(module.shape, of_factors, str(module.name), remedy="leave it in the names that it has")
         found.append(WrittenModule(module, of_factors, kept, module.scaled.alpha_at(of_factors)))
     return tuple(_with_one_alpha(found, adapter) if dialect == "kohya" else found)
 
@@ -218,15 +220,15 @@ def _resized(job: _Job) -> _Resized:
     """The tensors of a module."""
     module, rank = job.written.module, job.written.rank
     tensors = [(name, each.read()) for name, each in job._kept]
-    pair = module.factors.read()
+    product = module.factors.read()
     if job.written.as_it_is:
-        change = _kept(module, pair)
+        change = _kept(module, product)
     else:
-        if pair.rank <= rank:  # not truncated
-            change = _kept(module, pair)
+        if product.rank <= rank:  # not truncated
+            change, pair = _kept(module, product), product.pair()
         else:
-            product = product_svd(pair)
-            change, pair = module_change(_spectrum(module, product), rank), product.even_pair(rank)
+            svd = product.svd()
+            change, pair = module_change(_spectrum(module, svd), rank), svd.even_pair(rank)
         # Times the scale that is meant over the one that alpha will stand for.
         ratio = module.scaled.alpha_at(rank) / job.written.alpha if job.written.alpha else 1.0
         tensors += _as_stored(module, job.names, pair.scaled(ratio))
@@ -235,8 +237,8 @@ def _resized(job: _Job) -> _Resized:
     return _Resized(tuple(tensors), change)
 
 
-def _kept(module: AdapterModule, pair: FactorPair) -> ModuleChange:
-    return ModuleChange(str(module.name), (module.scale * product_norm(pair)) ** 2, 0.0)
+def _kept(module: AdapterModule, product: Product | KroneckerProduct) -> ModuleChange:
+    return ModuleChange(str(module.name), (module.scale * product.norm) ** 2, 0.0)
 
 
 def module_change(spectrum: ModuleSpectrum, rank: int | None) -> ModuleChange:
@@ -246,8 +248,8 @@ def module_change(spectrum: ModuleSpectrum, rank: int | None) -> ModuleChange:
     return ModuleChange(str(spectrum.module.name), float(energies.sum()), dropped)
 
 
-def _spectrum(module: AdapterModule, product: ProductSVD) -> ModuleSpectrum:
-    return ModuleSpectrum(module, abs(module.scale) * product.spectrum)
+def _spectrum(module: AdapterModule, svd: ProductSVD | KroneckerSVD) -> ModuleSpectrum:
+    return ModuleSpectrum(module, abs(module.scale) * svd.spectrum)
 
 
 def _as_stored(module: AdapterModule, names: FactorNames, pair: FactorPair) -> list[tuple[str, Tensor]]:

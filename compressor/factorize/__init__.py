@@ -8,8 +8,16 @@ from compressor.factorize.grouped import (
     grouped_truncated_svd,
     grouped_values,
 )
+from compressor.factorize.kronecker import KroneckerProduct, KroneckerSVD
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
-from compressor.factorize.product import ProductSVD, product_bytes, product_difference, product_norm, product_svd
+from compressor.factorize.product import (
+    Product,
+    ProductSVD,
+    product_bytes,
+    product_difference,
+    product_norm,
+    product_svd,
+)
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.tied_embedding import (
@@ -35,8 +43,11 @@ __all__ = [
     "FactorizationSettings",
     "GroupedMetric",
     "GroupedPair",
+    "KroneckerProduct",
+    "KroneckerSVD",
     "Metric",
     "PivotedPair",
+    "Product",
     "ProductSVD",
     "SpatialPair",
     "TiedMetric",

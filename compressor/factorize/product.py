@@ -48,6 +48,28 @@ class ProductSVD:
         return FactorPair(up=self.up[:, :rank] * roots, down=roots[:, None] * self.down[:rank])
 
 
+@dataclass(frozen=True)
+class Product:
+    """The product of a pair's factors, which is not formed."""
+
+    factors: FactorPair
+
+    @property
+    def rank(self) -> int:
+        return self.factors.rank
+
+    @property
+    def norm(self) -> float:
+        """Its Frobenius norm."""
+        return product_norm(self.factors)
+
+    def svd(self) -> ProductSVD:
+        return product_svd(self.factors)
+
+    def pair(self) -> FactorPair:
+        return self.factors
+
+
 def product_svd(pair: FactorPair) -> ProductSVD:
     """The SVD of `pair.up @ pair.down`, which is not formed."""
     (up, up_scale), (down, down_scale) = (_scaled(each) for each in (pair.up, pair.down))

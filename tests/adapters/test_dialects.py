@@ -54,7 +54,12 @@ def test_names_of_peft_without_their_configuration_are_refused(tmp_path: Path) -
         ({"lora_down.weight": (4, 8), "lora_up.weight": (8, 4), "alpha": (2,)}, "no single number"),
         ({"lora_down.weight": (0, 8), "lora_up.weight": (8, 0)}, "do not fit"),
         ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2)}, "hada_w2_b"),
-        ({"lokr_w1": (4096, 4096), "lokr_w2": (65536, 1)}, "matrix of"),
+        (
+            {"hada_w1_a": (30000, 90), "hada_w1_b": (90, 9000), "hada_w2_a": (30000, 90), "hada_w2_b": (90, 9000)},
+            "memory",
+        ),
+        ({"lokr_w1": (4096, 4096), "lokr_w2": (65536, 1)}, "larger than any"),
+        ({"lokr_w1": (0, 8), "lokr_w2": (8, 1)}, "do not fit"),
         (
             {"lora_down.weight": (1, 2000, 1, 1), "lora_up.weight": (4, 1, 1, 1), "lora_mid.weight": (1, 1, 999, 999)},
             "matrix of",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import compressor
+from compressor.errors import BadInput
 from tests.adapters.adapters_of import kohya_updates, tensors_in, truncated
 
 PLACE = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -51,6 +53,49 @@ def lokr(kind: str) -> tuple[dict[str, Tensor], Tensor]:
         w2 = tucker(core, a.T.contiguous(), b)
         return parts, scale * torch.einsum("ab,cdxy->acbdxy", w1, w2).reshape(24, 20, 3, 3)
     return parts, scale * torch.kron(w1, w2)
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_a_kronecker_product_as_large_as_a_layer_is_never_formed(tmp_path: Path, side: int) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(side, side), torch.randn(side, side)
+    file = saved(tmp_path / "lora.safetensors", {"lokr_w1": first, "lokr_w2": second})
+    inspection = compressor.inspect(file)
+    assert inspection.adapter is not None
+    (module,) = inspection.adapter.modules
+    # In full: 134 MB of 64 x 64 each, and 2 GB of 128 x 128.
+    values = np.outer(*(np.linalg.svd(each.double().numpy(), compute_uv=False) for each in (first, second)))
+    assert (module.shape, module.rank) == ((side**2, side**2), side**2)
+    assert module.norm == pytest.approx(float(np.linalg.norm(values)), rel=1e-9)
+    shares = np.cumsum(np.sort(values.ravel())[::-1] ** 2) / np.sum(values**2)
+    assert module.energy_90 == int((shares < 0.9).sum()) + 1
+    small = compressor.compress(file, output=tmp_path / "small.safetensors", rank=8)
+    assert small.adapter is not None
+    assert small.adapter.resized == 0  # a pair of rank one has as many numbers
+
+
+def test_a_kronecker_product_is_cut_to_its_largest_singular_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 2), torch.randn(40, 40)
+    file, small = (
+        saved(tmp_path / "lora.safetensors", {"lokr_w1": first, "lokr_w2": second}),
+        tmp_path / "small.safetensors",
+    )
+    compressor.compress(file, output=small, rank=7)
+    update = torch.kron(first.double(), second.double())
+    assert len(tensors_in(small)[f"{PLACE}.lora_down.weight"]) == 7
+    torch.testing.assert_close(
+        kohya_updates(small)[PLACE], truncated(update, 7), rtol=0, atol=1e-6 * float(update.norm())
+    )
+
+
+def test_a_product_that_is_too_large_in_full_is_refused_in_other_names(tmp_path: Path) -> None:
+    file = saved(tmp_path / "lora.safetensors", {"lokr_w1": torch.ones(128, 128), "lokr_w2": torch.ones(128, 128)})
+    with pytest.raises(BadInput, match="16,384 x 16,384, of rank 16,384, which takes too much memory; leave it"):
+        compressor.export(file, to="diffusers", output=tmp_path / "other.safetensors")
+    with pytest.raises(BadInput, match="of rank 16,384, which takes too much memory"):
+        compressor.merge([file, file], output=tmp_path / "both.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
 CASES = ["loha", "loha dense", "loha core", "lokr whole", "lokr pair", "lokr core"]
