@@ -66,7 +66,11 @@ def scaled_floats(file: StoredTensors) -> Iterator[EncodedTensor]:
         if scale is None:
             continue
         block = _block(stored.shape, scale.stored.shape, _said_block(file))
-        if block is None or not (scale.stored.dtype.is_floating_point or scale.stored.dtype == torch.uint8):
+        if (
+            block is None
+            or min(stored.shape) == 0
+            or not (scale.stored.dtype.is_floating_point or scale.stored.dtype == torch.uint8)
+        ):
             raise file.misfit(name, weight, scale)
         kind = "FP8 " + str(stored.dtype).removeprefix("torch.float8_").upper().removesuffix("FN")
         layer = name.rpartition(".")[0]

@@ -64,6 +64,13 @@ def test_scales_may_be_powers_of_two_in_a_byte(tmp_path: Path) -> None:
         assert torch.equal(opened(tmp_path, stored, (32, 32)).read("a.weight"), means)
 
 
+def test_a_matrix_without_rows_is_refused_as_one_that_was_never_compressed(tmp_path: Path) -> None:
+    stored = {"a.weight": torch.zeros(0, 5).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)}
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=r"the stored parts of a\.weight do not fit .* or give the original"):
+        compress(tmp_path / "model.safetensors", output=tmp_path / "small.safetensors", keep=0.5)
+
+
 def test_the_largest_byte_of_powers_of_two_is_no_number(tmp_path: Path) -> None:
     scales = torch.tensor([[127, 255]], dtype=torch.uint8)
     for each in (scales, scales.view(torch.float8_e8m0fnu)):
