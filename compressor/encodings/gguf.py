@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.encodings.gguf_architectures import ARCHITECTURES, GgufArchitecture
-from compressor.errors import BadInput, first_line
+from compressor.errors import BadInput
 from compressor.formatting import format_shape
 from compressor.io import Checkpoint, RemoteModel, StoredTensor, TensorInfo, open_checkpoint
 from compressor.io.files import read_bytes_at, regular_file_size
@@ -102,19 +102,22 @@ def gguf_checkpoint(path: str | Path) -> Checkpoint:
         BadInput: the library is not installed, the file is damaged, or of an architecture or type that is not read.
     """
     state = Path(path).stat()
-    return _opened(Path(path), Path(path).resolve(), (state.st_size, state.st_mtime_ns))
+    try:
+        return _opened(Path(path), Path(path).resolve(), (state.st_size, state.st_mtime_ns))
+    except BadInput as error:
+        raise error.in_file(path) from error
 
 
 @cache
 def _opened(path: Path, file: Path, _version: tuple[int, int]) -> Checkpoint:
     reader = _reader(file)
-    _require_possible_blocks(reader, path)
+    _require_possible_blocks(reader)
     folder = Path(tempfile.mkdtemp(prefix="compressor-gguf-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     there = {each.name: each for each in reader.tensors}
     dtype = _dtype({each.tensor_type.name for each in reader.tensors})
     config, architecture = _described(reader, file, folder, dtype=dtype)
-    names = _names(config, folder, architecture, where=path)
+    names = _names(config, folder, architecture)
     stored: dict[str, StoredTensor] = {}
     for name, shape in names.items():
         own = there.pop(_named(name, config, architecture), None)
@@ -124,7 +127,7 @@ def _opened(path: Path, file: Path, _version: tuple[int, int]) -> Checkpoint:
     missing = [name for name in names if name not in stored]
     if left or (missing and not (missing == ["lm_head.weight"] and config["tie_word_embeddings"])):
         what = f"has {left[0][:80]}, which its architecture has not" if left else f"lacks {missing[0][:80]}"
-        raise BadInput(what, where=path, remedy=_REMEDY)
+        raise BadInput(what, remedy=_REMEDY)
     tensors = {name: TensorInfo(name, each.shape, each.dtype) for name, each in stored.items()}
     return Checkpoint(path, "folder", (file,), folder, tensors, {}, {}, config, stored)
 
@@ -134,20 +137,25 @@ def _reader(file: Path) -> Any:
         import gguf
     except ImportError as error:
         remedy = "pip install 'compressor[gguf]'"
-        raise BadInput("reading GGUF needs gguf, which is not installed", where=file, remedy=remedy) from error
+        raise BadInput("reading GGUF needs gguf, which is not installed", remedy=remedy) from error
     try:
         return gguf.GGUFReader(file)
-    except Exception as error:  # whatever the header makes the library raise
-        raise BadInput(f"is not a valid GGUF file: {first_line(error)}", where=file, remedy=_REMEDY) from error
+    except Exception as error:  # whatever the header makes the library raise, in words about its own arrays
+        said = bytes(read_bytes_at(file, 4, 4)) if regular_file_size(file) >= 8 else b""
+        version = min(int.from_bytes(said, "little"), int.from_bytes(said, "big"))
+        if 0 < version < 100 and version not in gguf.gguf_reader.READER_SUPPORTED_VERSIONS:
+            what, remedy = f"is a GGUF file of version {version}, which is not read", "convert its model again"
+            raise BadInput(what, remedy=remedy) from error
+        raise BadInput("is a GGUF file that is truncated or damaged", remedy=_REMEDY) from error
 
 
-def _require_possible_blocks(reader: Any, file: Path) -> None:
+def _require_possible_blocks(reader: Any) -> None:
     """Refuse metadata of more blocks than there are tensors, before a configuration lists them all."""
     for name, field in reader.fields.items():
         blocks = field.contents() if name.endswith(".block_count") else 0
         if type(blocks) is not int or blocks > len(reader.tensors):
             what = f"has {str(blocks)[:40]} blocks by its metadata, and {len(reader.tensors):,} tensors"
-            raise BadInput(what, where=file, remedy=_REMEDY)
+            raise BadInput(what, remedy=_REMEDY)
 
 
 def _dtype(types: set[str]) -> torch.dtype:
@@ -165,14 +173,16 @@ def _described(reader: Any, file: Path, folder: Path, *, dtype: torch.dtype) -> 
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:  # whatever the metadata make transformers raise
-        what = f"is of an architecture that is not read: {first_line(error)}"
-        raise BadInput(what, where=file, remedy="give the model that it was converted from") from error
+        raise _undescribed(reader) from error
     named = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type))
     if (architecture := ARCHITECTURES.get(named)) is None:
         known = ", ".join(each.removesuffix("ForCausalLM") for each in ARCHITECTURES)
         remedy = "give the model that it was converted from"
-        raise BadInput(f"is of {named[:40]}; GGUF is read of {known}", where=file, remedy=remedy)
-    _complete(config, reader, architecture)
+        raise BadInput(f"is of {named[:40]}; GGUF is read of {known}", remedy=remedy)
+    try:
+        _complete(config, reader, architecture)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise _undescribed(reader) from error
     config.architectures, config.dtype = [named], dtype
     config.save_pretrained(folder)
     with suppress(Exception):  # a file need not have a tokenizer that transformers knows
@@ -181,6 +191,16 @@ def _described(reader: Any, file: Path, folder: Path, *, dtype: torch.dtype) -> 
         )
         tokenizer.save_pretrained(folder)
     return json.loads((folder / "config.json").read_text(encoding="utf-8")), architecture
+
+
+def _undescribed(reader: Any) -> BadInput:
+    """What refuses metadata that describe no model."""
+    field = reader.get_field("general.architecture")
+    named = "" if field is None else str(field.contents())
+    if named in {each.name for each in ARCHITECTURES.values()}:
+        return BadInput(f"is a GGUF file that is damaged: its metadata describe no {named}", remedy=_REMEDY)
+    what = f"is of {named[:40] or 'no name'}, an architecture that is not read"
+    return BadInput(what, remedy="give the model that it was converted from")
 
 
 def _complete(config: Any, reader: Any, architecture: GgufArchitecture) -> None:
@@ -207,14 +227,12 @@ def _complete(config: Any, reader: Any, architecture: GgufArchitecture) -> None:
             parameters[kind]["rope_theta"] = base
 
 
-def _names(
-    config: Mapping[str, Any], folder: Path, architecture: GgufArchitecture, *, where: Path
-) -> dict[str, tuple[int, ...]]:
+def _names(config: Mapping[str, Any], folder: Path, architecture: GgufArchitecture) -> dict[str, tuple[int, ...]]:
     """The tensors of the model that a configuration describes, with their shapes."""
     model = transformers_module(folder)
     if model is None:
         what = f"transformers cannot build the {architecture.name} that its metadata describe"
-        raise BadInput(what, where=where, remedy=_REMEDY)
+        raise BadInput(what, remedy=_REMEDY)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -247,18 +265,18 @@ def _tensor(
     kind = own.tensor_type.name
     if there != shape:
         what = f"{own.name} is {format_shape(there)}, and {format_shape(shape)} by its metadata"
-        raise BadInput(what, where=file, remedy=_REMEDY)
+        raise BadInput(what, remedy=_REMEDY)
     sides, stored_in = there, _PLAIN.get(kind)
     if stored_in is None:
         if own.tensor_type not in gguf.quants._type_traits:
             what = f"{own.name} is stored as {kind}, which is not read"
-            raise BadInput(what, where=file, remedy="give the model that it was converted from")
+            raise BadInput(what, remedy="give the model that it was converted from")
         numbers, size = gguf.GGML_QUANT_SIZES[own.tensor_type]
         sides, stored_in = (*there[:-1], there[-1] // numbers * size), torch.uint8
     strides = tuple(int(np.prod(sides[place + 1 :])) for place in range(len(sides)))
     placed = TensorOnDisk(file, int(own.data_offset), sides, strides, stored_in)
     if placed.offset + placed.span * stored_in.itemsize > regular_file_size(file):
-        raise BadInput(f"is truncated: {own.name} ends after it", where=file, remedy=_REMEDY)
+        raise BadInput(f"is truncated: {own.name} ends after it", remedy=_REMEDY)
     layer = name.rpartition(".")[0]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     permuted = heads.get(layer.rpartition(".")[2]) if architecture.permuted else None

@@ -133,7 +133,7 @@ def test_what_we_export_is_read_again(architecture: str, tmp_path: Path) -> None
     torch.testing.assert_close(again(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+def test_the_configuration_is_made_of_the_metadata(tmp_path: Path) -> None:
     opened = read_checkpoint(write(tmp_path / "model.gguf", "F16"))
     assert opened.folder is not None
     config = json.loads((opened.folder / "config.json").read_text())
@@ -143,12 +143,36 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [5, 40, 600, -4096])
-def test_a_file_that_ends_early_is_refused(length: int, tmp_path: Path) -> None:
+def test_a_file_that_ends_early_is_refused(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write(tmp_path / "model.gguf", "Q8_0").read_bytes()
     (tmp_path / "short.gguf").write_bytes(whole[:length])
-    with pytest.raises(BadInput, match=r"short\.gguf"):
-        compress(tmp_path / "short.gguf", output=tmp_path / "small", keep=0.5)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"^short\.gguf: is a GGUF file that is truncated or damaged; "):
+        compress("short.gguf", output="small", keep=0.5)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("version", [b"\1\0\0\0", b"\0\0\0\1"])
+def test_another_version_is_named(version: bytes, tmp_path: Path) -> None:
+    whole = write(tmp_path / "model.gguf", "Q8_0").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(whole[:4] + version + whole[8:])
+    with pytest.raises(BadInput, match="is a GGUF file of version 1, which is not read"):
+        read_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_metadata_of_no_model_are_refused_in_plain_words(
+    heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = gguf.GGUFReader(write(tmp_path / "model.gguf", "Q8_0"), "r+")
+    field = reader.fields["llama.attention.head_count"]
+    field.parts[field.data[0]][0] = heads
+    reader.data.flush()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        BadInput, match=r"^model\.gguf: is a GGUF file that is damaged: its metadata describe no llama; "
+    ):
+        read_checkpoint("model.gguf")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -171,5 +195,5 @@ def test_an_architecture_that_is_not_read_is_named(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(BadInput, match="architecture that is not read"):
+    with pytest.raises(BadInput, match="rwkv6, an architecture that is not read"):
         compress(tmp_path / "model.gguf", output=tmp_path / "small", keep=0.5)
