@@ -14,8 +14,9 @@ from compressor.calibration.self_generated import SelfRequest, examples_by_defau
 from compressor.data import EvaluationData
 from compressor.engine import Fingerprint, Journal, Run
 from compressor.errors import BadInput
-from compressor.evaluation import free_memory, require_accepted
+from compressor.evaluation import require_accepted
 from compressor.formatting import format_size
+from compressor.free_memory import free_memory
 from compressor.model import Model
 from compressor.planning import Budget
 from compressor.report.wording import needs_calibration

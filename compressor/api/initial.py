@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from compressor.api.options import InitialOptions, StoredInitialOptions
 from compressor.errors import BadInput, first_line
-from compressor.evaluation import free_memory
 from compressor.formatting import format_size
 from compressor.forms import has_own_errors, pair_of
+from compressor.free_memory import free_memory
 from compressor.initial import (
     SEARCH,
     Draws,

@@ -23,11 +23,11 @@ from compressor.evaluation import (
     PairTimer,
     TimedWorkload,
     TimingSettings,
-    free_memory,
     measure_latency,
     unfilled_module,
 )
 from compressor.formatting import format_size
+from compressor.free_memory import free_memory
 from compressor.latency import DeviceProfile, LayerUse, Workload, device_profile, shipped_profile
 from compressor.model import Model, layer_uses, on_device, scaled
 from compressor.model.example_inputs import architecture_of, example_inputs, is_transformer

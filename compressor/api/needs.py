@@ -20,10 +20,11 @@ import torch
 from compressor.calibration import CalibrationData, CalibrationSettings
 from compressor.engine import InProcess, Run
 from compressor.errors import BadInput
-from compressor.evaluation import free_memory, resident_memory
+from compressor.evaluation import resident_memory
 from compressor.evaluation.metrics import SCORED_AT_ONCE
 from compressor.factorize import product_bytes, working_bytes
 from compressor.formatting import format_size
+from compressor.free_memory import free_memory
 from compressor.io import Checkpoint
 from compressor.lowrank import stored_infos
 from compressor.network import Layer

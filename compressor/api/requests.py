@@ -20,8 +20,9 @@ from compressor.api.options import (
 from compressor.calibration.drop import require_possible_drop
 from compressor.choices import Preference, Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
-from compressor.evaluation import TIMING, TimingSettings, free_memory
+from compressor.evaluation import TIMING, TimingSettings
 from compressor.forms import quantization_of
+from compressor.free_memory import free_memory
 from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from compressor.forms.quantized_layers import QuantizedWeight
+from compressor.free_memory import numbers_in
 from compressor.freed_memory import freed_memory
 from compressor.latency import DeviceProfile
 from compressor.model import evaluation_mode, resolve_device
@@ -360,69 +361,9 @@ def _storage_bytes(tensors: Any) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-def free_memory(
-    device: torch.device, *, system: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Bytes of a device's memory that are free, of a CPU's without swapping; None where that is not known.
-
-    Only Linux says what is free of main memory: what the machine has and what the control groups of the process, such
-    as those of a container, leave to it, whichever is less.
-    """
-    if device.type != "cpu":
-        try:
-            return torch.accelerator.get_memory_info(device)[0]
-        except RuntimeError:  # not every accelerator says
-            return None
-    kilobytes = _numbers(system / "meminfo").get("MemAvailable:")
-    machine = [] if kilobytes is None else [1024 * kilobytes]
-    return min([*machine, *_left_by_groups(system, groups)], default=None)
-
-
-def _left_by_groups(system: Path, groups: Path) -> Iterator[int]:
-    """What each control group around the process leaves to it, of version 2 or 1; files in its caches may go."""
-    try:
-        lines = (system / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names, prefix = groups, ("memory.max", "memory.current"), ""
-        elif "memory" in controllers.split(","):
-            root, names, prefix = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-        else:
-            continue
-        inside = root / path.lstrip("/")
-        for group in (inside, *(each for each in inside.parents if each.is_relative_to(root))):
-            limit, taken = (_number(group / name) for name in names)
-            if limit is not None and taken is not None:
-                said = _numbers(group / "memory.stat")
-                yield max(
-                    0, limit - taken + sum(said.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
-                )
-
-
-def _number(path: Path) -> int | None:
-    """The number that a file holds; None of one that cannot be read, or says that there is no limit."""
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """The numbers of a file of names and numbers, a line each; none of one that cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    words = (line.split() for line in lines)
-    return {each[0]: int(each[1]) for each in words if len(each) > 1 and each[1].isdecimal()}
-
-
 def resident_memory(system: Path = Path("/proc")) -> int:
     """The resident size of this process now, in bytes; the largest so far where the system does not say."""
-    kilobytes = _numbers(system / "self" / "status").get("VmRSS:")
+    kilobytes = numbers_in(system / "self" / "status").get("VmRSS:")
     return process_memory() if kilobytes is None else 1024 * kilobytes
 
 

@@ -24,7 +24,14 @@ from compressor.lowrank.sources import said_of_source
 from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.lowrank.stacked import stacks_of
 from compressor.lowrank.stored_pairs import StoredPair, file_record, join, stored_name, stored_pairs
-from compressor.lowrank.tensor_format import DenseWeights, Factors, dense_aliases, dense_infos, stored_tensors
+from compressor.lowrank.tensor_format import (
+    DenseWeights,
+    Factors,
+    dense_aliases,
+    dense_infos,
+    require_memory,
+    stored_tensors,
+)
 from compressor.network import Layer, StoredAs, layer_name
 from compressor.planning import LayerPlan
 from compressor.torch_state import in_float64
@@ -54,7 +61,12 @@ class ProductTensor:
         return id(self)
 
     def read(self) -> Tensor:
-        """The weight, in memory of its own and in its own dtype."""
+        """The weight, in memory of its own and in its own dtype.
+
+        Raises:
+            BadInput: it does not fit into memory, or its tensors cannot be used.
+        """
+        require_memory(self.pair, self.source)
         matrix = FORMS[self.pair.form].product(self.pair, self._tensors())
         dense = (matrix.T if self.pair.kind in TRANSPOSED else matrix).reshape(self.shape)
         return dense.to(self.dtype).contiguous()

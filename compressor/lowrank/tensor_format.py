@@ -9,27 +9,32 @@ becomes such tensors beside a zero-size `X`. Everything else is passed through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from compressor.errors import BadInput
 from compressor.factorize import Decomposition, FactorizationSettings, Metric, TiedMetric
 from compressor.factorize.settings import DEFAULTS
+from compressor.formatting import format_shape, format_size
 from compressor.forms import (
     FORMS,
     TRANSPOSED,
     DenseWeight,
     MatrixPair,
 )
+from compressor.free_memory import free_memory
 from compressor.io import Checkpoint, Stack, TensorInfo, require_in_range
 from compressor.lowrank.stacked import put_together, put_together_infos
 from compressor.lowrank.stored_pairs import StoredPair, damaged, join, stored_name
 from compressor.measure.scale import power_of_two
 from compressor.network import Layer, is_weight, layer_name
 from compressor.planning import LayerPlan
-from compressor.torch_state import float64_device, in_float64
+from compressor.torch_state import CPU, float64_device, in_float64
 
 # A relative error of which products in float32 have three digits at least.
 SMALL_IN_FLOAT32 = 1e-3
@@ -218,8 +223,19 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
 def multiplied(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     """The dense tensor a pair stands for, in float64."""
     require_usable(checkpoint, pair)
+    require_memory(pair, checkpoint.source)
     matrix = FORMS[pair.form].product(pair, _wide(pair.read_factors(checkpoint.read)))
     return (matrix.T if pair.kind in TRANSPOSED else matrix).reshape(pair.tensor_shape).contiguous()
+
+
+def require_memory(pair: StoredPair, source: Path | None) -> None:
+    """Refuse to multiply a pair where there is no memory for the product: a few numbers can stand for any size."""
+    free = free_memory(CPU)
+    needed = math.prod(pair.tensor_shape) * (torch.float64.itemsize + pair.dtype.itemsize)
+    if free is not None and needed > free:
+        what = f"{pair.name or 'it'} stands for {format_shape(pair.tensor_shape)} numbers, which take"
+        what += f" {format_size(needed)}, and {format_size(free)} of memory are free"
+        raise BadInput(what, where=source, remedy="use a machine that has more, unless the file is damaged")
 
 
 def require_usable(checkpoint: Checkpoint, pair: StoredPair) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOUNDATIONS = (
     *("version", "errors", "choices", "formatting", "display", "system_errors", "progress", "torch_state"),
-    *("documents", "arguments", "freed_memory"),
+    *("documents", "arguments", "free_memory", "freed_memory"),
 )
 ROOMS = (
     *(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress, evaluate, inspect, load_model, open_checkpoint, plan, restore
 from compressor.lowrank import LowRankSpec, stored_pairs
+from compressor.lowrank.tensor_format import dense_weight
 from tests.encodings import stored
 from tests.encodings.stored import dense_folder, store
 from tests.lowrank.architectures import ARCHITECTURES
@@ -104,6 +105,19 @@ def test_factors_are_not_multiplied_out(tmp_path: Path) -> None:
     values = torch.linalg.svdvals(torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T)
     expected = float((values[2:].square().sum() / values.square().sum()).sqrt())
     assert result.plan.layers[0].error == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_product_that_does_not_fit_into_memory_is_not_formed(tmp_path: Path) -> None:
+    side = 3_000_000  # 9e12 numbers, more than machines hold
+    tensors = {"x.weight": torch.zeros(0), "x.down.weight": torch.ones(1, side), "x.up.weight": torch.ones(side, 1)}
+    save_file(tensors, tmp_path / "small.safetensors")
+    refused = r"small\.safetensors: x stands for 3000000 x 3000000 numbers, which take .* of memory are free; use a"
+    with pytest.raises(BadInput, match=refused):
+        compress(tmp_path / "small.safetensors", output=tmp_path / "less.safetensors", bits=4)
+    assert [each.name for each in tmp_path.iterdir()] == ["small.safetensors"]
+    checkpoint = open_checkpoint(tmp_path / "small.safetensors")
+    with pytest.raises(BadInput, match=refused):
+        dense_weight(checkpoint, stored_pairs(checkpoint)["x"])
 
 
 @pytest.mark.parametrize("form", FORMS)
