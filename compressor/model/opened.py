@@ -574,6 +574,8 @@ def _refuse_quantized(checkpoint: Checkpoint, *, packed: bool) -> None:
         return
     what = f"is quantized already ({method if isinstance(method, str) else 'by an unknown method'})"
     remedy = "give the original"
+    if method == "auto-round":
+        remedy = "give the original, or write it with auto-round in the format auto_gptq"
     if is_compressed_tensors(checkpoint.config):
         if packed:
             return

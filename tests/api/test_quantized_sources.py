@@ -300,10 +300,11 @@ def test_a_fine_tune_of_a_quantized_base(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "restored" / "config.json").read_text())
 
 
-def test_a_method_that_is_not_read_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "remedy"), [("aqlm", ""), ("auto-round", ", or write it with .* auto_gptq")])
+def test_a_method_that_is_not_read_is_named(method: str, remedy: str, tmp_path: Path) -> None:
     SOURCES["llama-fp8-rows"].made(tmp_path / "model")
     twin = tmp_path / "model-means"
     config = json.loads((twin / "config.json").read_text())
-    (twin / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "aqlm"}}))
-    with pytest.raises(BadInput, match=r"is quantized already \(aqlm\)"):
+    (twin / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(BadInput, match=rf"is quantized already \({method}\); give the original{remedy}$"):
         compress(twin, output=tmp_path / "small", keep=0.5)
