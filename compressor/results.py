@@ -30,6 +30,7 @@ from compressor.evaluation import (
     better_uniform,
     latency_changes,
 )
+from compressor.fine_tuning.correspondence import Correspondence
 from compressor.fine_tuning.difference import BaseShare
 from compressor.formatting import format_size
 from compressor.initial import InitialFound
@@ -174,6 +175,8 @@ class FineTune:
         only_rounding: Those of these layers whose difference is all rounding, as far as can be told.
         vocabulary: How many tokens the base has and the fine-tune; None where these are as many.
         llama_cpp_obstacles: Why llama.cpp would not convert the adapter; empty for pairs.
+        correspondence: How its names are found in the base, and what is in one of the two alone; None where both have
+            the same names.
     """
 
     base: str
@@ -190,6 +193,7 @@ class FineTune:
     only_rounding: tuple[str, ...] = ()
     vocabulary: BeforeAfter | None = None
     llama_cpp_obstacles: tuple[str, ...] = ()
+    correspondence: Correspondence | None = None
 
 
 @dataclass(frozen=True)

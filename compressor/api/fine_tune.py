@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compressor.api.evaluate import evaluate_models
@@ -23,6 +23,7 @@ from compressor.api.requests import (
     provenance,
     requested_budget,
     requested_quantized_forms,
+    selection,
     timing_settings,
     widths_of,
 )
@@ -41,6 +42,7 @@ from compressor.fine_tuning.adapter import (
     vllm_obstacles,
     vllm_rank,
 )
+from compressor.fine_tuning.correspondence import Correspondence, renamed, same_names
 from compressor.fine_tuning.in_loss import (
     adaptation_of,
     as_differences,
@@ -59,9 +61,9 @@ from compressor.fine_tuning.plan import (
     stored_changes,
 )
 from compressor.fine_tuning.verification import verify_with_peft
-from compressor.io import Naming
-from compressor.model import Model, open_runnable, resolve_device
-from compressor.network import module_architecture
+from compressor.io import Naming, refuse_adapter
+from compressor.model import Model, open_model, open_runnable, resolve_device
+from compressor.network import module_architecture, with_ties
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression, FineTune
@@ -84,8 +86,49 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         return _compressed(model, base, asked, run=running, started=started)
 
 
-def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, started: float) -> Compression:
+@dataclass(frozen=True)
+class _Named:
+    """A fine-tune and its base with the same names of tensors; how they were found where they were others."""
+
+    subject: Model
+    base: Model
+    correspondence: Correspondence | None = None
+
+
+def _in_names_of_base(model: Model, base: Model, asked: CompressOptions) -> _Named:
+    """A fine-tune in the network of its base, where its names are others or not all are there."""
     subject = model.with_ties()
+    if model.in_memory or asked.factory is not None:
+        return _Named(subject, base)
+    refuse_adapter(base.checkpoint)
+    start = with_ties(base.checkpoint.apart_like(subject.checkpoint), subject.architecture)
+    if same_names(subject.checkpoint, start):
+        return _Named(subject, base)
+    assert isinstance(asked.base, str | Path)
+    opened = open_model(asked.base, select=selection(asked)).with_ties()
+    found = renamed(subject.checkpoint, opened.checkpoint)
+    if found is None:  # which the comparison refuses
+        return _Named(subject, base)
+    network = opened.with_tensors(found.checkpoint, model.name, found.own)
+    # Its files, and what they say of it and its training, are still its own.
+    own = model.checkpoint
+    checkpoint = replace(
+        found.checkpoint,
+        source=own.source,
+        form=own.form,
+        files=own.files,
+        folder=own.folder,
+        metadata=own.metadata,
+        left_out=own.left_out,
+        training=own.training,
+    )
+    named = replace(network, checkpoint=checkpoint, _find_recipe=lambda: model.recipe)
+    return _Named(named, opened, found.correspondence)
+
+
+def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, started: float) -> Compression:
+    named = _in_names_of_base(model, base, asked)
+    subject, base = named.subject, named.base
     data = open_data(asked, subject, run)
     # An adapter holds no integers, so that bits are only there where they are asked for.
     quantized = requested_quantized_forms(
@@ -123,7 +166,8 @@ def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, 
     with written(stored.artifact, target) as made:
         if stored.adapter is not None and target is not None:
             verified = finish_adapter(made, stored.adapter, name=target.name, errors=errors.of)
-    tuned = subject.checkpoint
+    tuned, correspondence = model.checkpoint, named.correspondence
+    only_in_base = 0 if correspondence is None else correspondence.only_in_base
     compression = Compression(
         source=subject.name,
         output=None if target is None else str(target.path),
@@ -141,7 +185,8 @@ def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, 
         model=module if kind == "module" else None,
         fine_tune=replace(
             _fine_tune(adaptation, stored, base=base.name, verified_with=verified),
-            unchanged=len(tuned.tensors) - len(changes.difference.changed),
+            unchanged=len(subject.checkpoint.tensors) - only_in_base - len(changes.difference.changed),
+            correspondence=correspondence,
             rounding_shares={m.layer.name: m.rounding_share for m in changes.measured},
             only_rounding=changes.only_rounding,
         ),

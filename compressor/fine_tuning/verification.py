@@ -34,9 +34,12 @@ def verify_with_peft(folder: Path, adapter: Adapter) -> str | None:
         import peft
     except ImportError:
         return None
-    tuned = adapter.adaptation.difference.tuned
+    difference = adapter.adaptation.difference
+    tuned = difference.tuned
     _require_all_changes(adapter)
-    model = None if tuned.folder is None else transformers_module(tuned.folder)
+    # The fine-tune is the base with more tokens where it has more; else it need not be all of the base.
+    folder_of_base = difference.base.folder if difference.vocabulary is None else tuned.folder
+    model = None if folder_of_base is None else transformers_module(folder_of_base)
     if model is None:
         raise BadInput("its architecture cannot be built to try the adapter", where=tuned.source, remedy=REMEDY)
     _fill_without_memory(model)

@@ -48,6 +48,7 @@ from compressor.report.wording import (
     budget_words,
     calibration_words,
     change_words,
+    correspondence_words,
     count_words,
     error_words,
     faster_words,
@@ -183,6 +184,8 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     in_full = f", {_tensors(len(fine_tune.in_full))} in full" if fine_tune.in_full else ""
     unchanged = f"; unchanged: {_tensors(fine_tune.unchanged)}" if fine_tune.unchanged else ""
     yield "as", f"{fine_tune.written_as} beside {format_size(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    if (found := fine_tune.correspondence) is not None:
+        yield "names", correspondence_words(found)
     if words := base_share_words(fine_tune.shares, in_adapter=fine_tune.written_as == "LoRA adapter"):
         yield "share", words
     if words := rounding_words(fine_tune.rounding_share):

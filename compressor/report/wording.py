@@ -14,6 +14,7 @@ from compressor.formatting import format_percent, format_seconds, format_size, o
 if TYPE_CHECKING:
     from compressor.archiving import ArchivedCheckpoint
     from compressor.evaluation import Evaluation
+    from compressor.fine_tuning.correspondence import Correspondence
     from compressor.fine_tuning.difference import BaseShare
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
@@ -181,6 +182,23 @@ def rounding_words(share: float) -> str:
         return ""
     explained = format_percent(share)
     return f"explains {explained} of the difference of the paired matrices (Frobenius norm), and gets no rank"
+
+
+def correspondence_words(found: Correspondence) -> str:
+    """How the names of a fine-tune are found in its base, and what only one of the two has."""
+    parts = []
+    if found.prefix != found.prefix_in_base:
+        ours, theirs = f"'{found.prefix}'", f"'{found.prefix_in_base}'"
+        if not found.prefix:
+            parts.append(f"behind {theirs} in the base")
+        else:
+            parts.append(f"{ours} is {theirs} in the base" if found.prefix_in_base else f"without {ours} in the base")
+    if found.only_in_base:
+        parts.append(f"{found.only_in_base:,} in the base alone, which stay as they are")
+    if found.left_out:
+        more = f" and {len(found.left_out) - 1:,} more" if len(found.left_out) > 1 else ""
+        parts.append(f"left out: {found.left_out[0]}{more}, which the base lacks")
+    return "; ".join(parts)
 
 
 def added_tokens_words(tokens: BeforeAfter) -> str:
