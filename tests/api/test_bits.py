@@ -154,7 +154,7 @@ def test_the_smallest_within_a_drop_may_be_quantized() -> None:
 def test_what_training_wrote_is_quantized_too() -> None:
     model, _ = trained(layers)
     given: Any = {"initial": SEED, "factory": layers}
-    planned = plan(model, keep=0.1, calibration="none", **given)
+    planned = plan(model, keep=0.1, calibration="none", prefer="size", **given)
     forms = {"0": ("initial+dense@4", 0), "2": ("initial+plain@8", 2)}
     stated = [replace(each, form=forms[each.name][0], rank=forms[each.name][1]) for each in planned.layers]
     small = compress(model, plan=replace(planned, layers=tuple(stated)), **given)

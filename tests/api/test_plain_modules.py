@@ -512,4 +512,5 @@ def test_a_module_that_was_made_in_inference_mode_is_compressed() -> None:
 
 def test_what_a_mobile_network_passes_through_is_said() -> None:
     report = compress(trained(mobile), keep=0.7, calibration="none", prefer="size")
-    assert {layer.name: layer.skip for layer in report.skipped} == {"3": "depthwise", "8": "4 groups"}
+    assert {layer.name: layer.skip for layer in report.skipped} == {"3": "depthwise"}
+    assert "8" in {layer.name for layer in report.plan.layers}  # of 4 groups

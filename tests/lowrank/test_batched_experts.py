@@ -182,6 +182,6 @@ def test_without_compressor_it_does_not_load(prefer: str, tmp_path: Path) -> Non
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     ran = subprocess.run([sys.executable, "-c", code, tmp_path / "small"], capture_output=True, text=True, check=False)
     assert ran.returncode != 0
-    assert "compressor" in ran.stderr
+    assert "ignore_mismatched_sizes" in ran.stderr  # the error in which transformers ends
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressor"
