@@ -48,7 +48,7 @@ def size(model: nn.Module) -> int:
 WAITS_OF = {
     ("llama", "fast"): 400,
     ("perceptron", "fast"): 80,
-    ("perceptron", "balanced"): 180,
+    ("perceptron", "balanced"): 190,  # of three allocations that differ
     ("perceptron", "best"): 400,
 }
 
