@@ -1,5 +1,6 @@
 """LoRA adapters as they are found: read in their dialects, resized, merged, and written in any of them."""
 
+from compressor.adapters.applied import AppliedAdapter, applied_adapter
 from compressor.adapters.budget import adapter_ranks, needs_spectra
 from compressor.adapters.dialects import DIALECTS, is_adapter, read_adapter
 from compressor.adapters.inspection import AdapterInspection, InspectedModule, inspected_adapter
@@ -22,6 +23,7 @@ __all__ = [
     "Adapter",
     "AdapterInspection",
     "AdapterModule",
+    "AppliedAdapter",
     "InspectedModule",
     "ModuleChange",
     "ModuleName",
@@ -30,6 +32,7 @@ __all__ = [
     "adapter_plan",
     "adapter_ranks",
     "adapter_spectra",
+    "applied_adapter",
     "inspected_adapter",
     "is_adapter",
     "is_magnitude",

@@ -15,6 +15,7 @@ from typing import Unpack
 from torch import nn
 
 from compressor.api.adapters import compress_adapter, opened_adapter, require_no_adapter_options
+from compressor.api.adapters_on_base import compress_adapter_on_base
 from compressor.api.calibration_data import calibration_settings
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
@@ -173,7 +174,8 @@ def compress(
     pairs beside its layers. With `bits` the difference is stored in them, in a file.
 
     An adapter, a LoRA folder of PEFT or a file of factors, is resized: `rank`, `energy`, and `tolerance` are of each of
-    its modules, `keep` and `max_size` of all together.
+    its modules, `keep` and `max_size` of all together. With its `base` and `calibration`, or a `max_drop`, ranks and
+    factors are those by which base and adapter together lose least.
 
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. The same input, options and number of threads give the
@@ -202,7 +204,8 @@ def compress(
     requested_budget(asked)
     target_profile(asked)
     if (adapter := opened_adapter(model, asked.revision)) is not None:
-        return compress_adapter(adapter, asked)
+        on_base = asked.base is not None or asked.calibrates or asked.max_drop is not None
+        return compress_adapter_on_base(adapter, asked) if on_base else compress_adapter(adapter, asked)
     require_no_adapter_options(asked)
     subject = open_model(
         model,

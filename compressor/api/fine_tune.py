@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from compressor.adapters import AppliedAdapter
 from compressor.api.evaluate import evaluate_models
 from compressor.api.on_data import (
     OpenedData,
@@ -61,21 +63,25 @@ from compressor.fine_tuning.plan import (
     stored_changes,
 )
 from compressor.fine_tuning.verification import verify_with_peft
-from compressor.io import Naming, refuse_adapter
+from compressor.io import Naming, portable_name, refuse_adapter
 from compressor.model import Model, open_model, open_runnable, resolve_device
 from compressor.network import module_architecture, with_ties
+from compressor.planning import Budget
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression, FineTune
 
 
-def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Compression:
+def compress_fine_tune(
+    model: Model, base: Model, asked: CompressOptions, *, of: AppliedAdapter | None = None
+) -> Compression:
     """Compress the difference of a fine-tune to its base.
 
     A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors or numbers are to
     have less than 16 bits; a file gives a file of pairs; a module gives a copy of the base with pairs beside its
     layers. Such a module is what `data` measure. With calibration, or a limit on the drop, ranks are those that lose
-    the fine-tune least; the base is then what its training started from.
+    the fine-tune least; the base is then what its training started from. A fine-tune that is made `of` an adapter gives
+    one whose ranks are at most those of its modules, and its share to keep is one of their numbers.
     """
     started = time.monotonic()
     if model.in_memory != base.in_memory:
@@ -83,7 +89,7 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         raise BadInput(what, option="base", remedy=remedy)
     run = Run(resolve_device(asked.device), asked.seed, asked.progress)
     with kept_calibration(asked, model, run) as running:
-        return _compressed(model, base, asked, run=running, started=started)
+        return _compressed(model, base, asked, run=running, started=started, of=of)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,15 @@ def _in_names_of_base(model: Model, base: Model, asked: CompressOptions) -> _Nam
     return _Named(named, opened, found.correspondence)
 
 
-def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, started: float) -> Compression:
+def _compressed(
+    model: Model,
+    base: Model,
+    asked: CompressOptions,
+    *,
+    run: Run,
+    started: float,
+    of: AppliedAdapter | None,
+) -> Compression:
     named = _in_names_of_base(model, base, asked)
     subject, base = named.subject, named.base
     data = open_data(asked, subject, run)
@@ -136,14 +150,16 @@ def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, 
     )
     kind = _kind(subject, asked.output, quantized=bool(quantized))
     naming = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
+    naming = naming if of is None else Naming("folder", "-compressed")
     target = output_target(asked, subject, naming, others=[base.checkpoint])
     made_by = provenance(asked, subject.checkpoint)
     changes = measured_changes(subject, base, kind, provenance=made_by, quantized=quantized, run=run)
+    changes = changes if of is None else _of_adapter(changes, of)
     if data.calibration is None and data.search is None:
         adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
     else:
         with held_on_device(subject, data, run):
-            adaptation = adaptation_of(changes, _planned_in_loss(changes, asked, data, run=run))
+            adaptation = adaptation_of(changes, _planned_in_loss(changes, asked, data, run=run, of=of))
     if not adaptation.paired and not adaptation.in_full:
         raise BadInput(
             f"needs nothing beside its base ({adaptation.plan.budget})",
@@ -174,7 +190,8 @@ def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, 
         recipe=subject.recipe,
         plan=adaptation.plan.with_errors(errors.of),
         parameters=BeforeAfter(
-            tuned.elements, adaptation.numbers if stored.adapter is None else stored.artifact.elements
+            tuned.elements if of is None else of.adapter.checkpoint.elements,
+            adaptation.numbers if stored.adapter is None else stored.artifact.elements,
         ),
         bytes=BeforeAfter(tuned.weight_bytes, stored.artifact.bytes),
         evaluation=evaluation,
@@ -196,12 +213,30 @@ def _compressed(model: Model, base: Model, asked: CompressOptions, *, run: Run, 
     return replace(compression, pushed=None if target is None else target.push())
 
 
-def _planned_in_loss(changes: Changes, asked: CompressOptions, data: OpenedData, *, run: Run) -> PlannedModel:
+def _of_adapter(changes: Changes, of: AppliedAdapter) -> Changes:
+    """The changes with ranks of at most those of an adapter's modules, on the base that it names."""
+    measured = [replace(m, rank_cap=of.modules[m.layer.name].rank) for m in changes.measured]
+    named = (of.adapter.config or {}).get("base_model_name_or_path")
+    base_name = portable_name(named) if isinstance(named, str) and named else changes.base_name
+    return replace(changes, measured=measured, base_name=base_name)
+
+
+def _share_of_layers(budget: Budget, changes: Changes, of: AppliedAdapter) -> Budget:
+    """A share of an adapter's numbers as one of those of the layers that it changes."""
+    if budget.kind != "keep" or budget.value is None:
+        return budget
+    whole = sum(m.layer.stored_parameters for m in changes.measured)
+    return replace(budget, value=(math.floor(budget.value * of.numbers) + 0.5) / whole)
+
+
+def _planned_in_loss(
+    changes: Changes, asked: CompressOptions, data: OpenedData, *, run: Run, of: AppliedAdapter | None
+) -> PlannedModel:
     """A plan by what the differences are worth to the fine-tune: in the metric of the loss, or by a measured drop."""
     subject, measured = started_on_base(changes), measured_as_written(changes)
     budget = requested_budget(asked)
     request = PlanRequest(
-        budget=budget,
+        budget=budget if of is None or budget is None else _share_of_layers(budget, changes, of),
         given=None if asked.plan is None else as_written(given_differences(asked.plan)[0]),
         shard_size=asked.max_shard_size,
         bytes_of=lambda plan: most_stored_bytes(changes, as_differences(plan).layers, plan.budget),

@@ -505,7 +505,7 @@ class BaseOptions(Options):
 
     base: ModelLike | None = option(
         "The model that MODEL was fine-tuned from: compress the difference, not the weights. A folder gives a LoRA "
-        "adapter, and with `bits` a file.",
+        "adapter, and with `bits` a file. Of an adapter its base, on which `calibration` or `max_drop` measures.",
         MODEL,
         metavar="ORIGINAL",
     )

@@ -147,11 +147,12 @@ class Model:
     def files(self) -> ModelFiles | None:
         """What other processes read it from; None of a module, and where a function in this process builds it.
 
-        None also of a model whose pairs are seen as dense layers, or that has tensors which are not those of its files:
-        another process would not see them.
+        None also of a model whose pairs are seen as dense layers, or that has other tensors than its folder, which
+        another process would not see.
         """
         source = self.checkpoint.source
-        if source is None or not isinstance(self.factory, str | None) or self.squeezes or self._network.changed:
+        seen_here = self.squeezes or bool(self._network.changed)
+        if source is None or not isinstance(self.factory, str | None) or seen_here:
             return None
         factory = self.factory
         if factory is not None and factory.rpartition(":")[0].endswith(".py"):

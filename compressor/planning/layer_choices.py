@@ -74,7 +74,8 @@ def layer_choices(
     largest, capped = layer.stored_parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
         cap = m.rounded(max(1, m.rank_cap))
-        at_cap = form_for(m, cap, request), cap
+        written = m.forms_apart(request) if m.only_written else []
+        at_cap = written[0] if written else form_for(m, cap, request), cap
         in_bytes = m.nbytes(*at_cap)
         smaller = cap <= min(layer.block_shape) and parameters(*at_cap) <= largest and in_bytes <= most_bytes(m)
         capped = smaller and bool(m.saves_time(at_cap[0], np.array([cap])).all())
