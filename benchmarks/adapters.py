@@ -98,7 +98,7 @@ def exactness(file: Path, small: Path) -> dict[str, float]:
     computed, stored = 0.0, 0.0
     with safe_open(small, "pt") as tensors:
         for module in adapter.modules[:12]:
-            pair = module.factors.read()
+            pair = module.factors.read().pair()
             update = pair.up.double() @ pair.down.double()
             left, values, right = torch.linalg.svd(update, full_matrices=False)
             best = left[:, :SMALL] * values[:SMALL] @ right[:SMALL]
