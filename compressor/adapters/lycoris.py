@@ -22,8 +22,8 @@ Loaded = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Loha:
-    """`(w1_a w1_b) * (w2_a w2_b)`, element by element: of rank `r^2` at most, a row of the factors for each pair."""
+class _Parts:
+    """An update of `shape` that the file holds as `parts`, by their names below the module's."""
 
     parts: Mapping[str, Stored]
     shape: tuple[int, int]
@@ -31,6 +31,19 @@ class Loha:
     @property
     def tensors(self) -> tuple[Stored, ...]:
         return tuple(self.parts.values())
+
+    @property
+    def is_pair(self) -> bool:
+        return False
+
+    @property
+    def is_stored(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Loha(_Parts):
+    """`(w1_a w1_b) * (w2_a w2_b)`, element by element: of rank `r^2` at most, a row of the factors for each pair."""
 
     @property
     def scaled_by(self) -> int:
@@ -41,17 +54,9 @@ class Loha:
     def rank(self) -> int:
         return min(*self.shape, _inner(self.parts, "hada_", "1") * _inner(self.parts, "hada_", "2"))
 
-    @property
-    def is_pair(self) -> bool:
-        return False
-
-    @property
-    def is_stored(self) -> bool:
-        return True
-
     def read(self) -> Product:
         loaded = {name: each.read().double() for name, each in self.parts.items()}
-        first, second = (_hada_pair(loaded, side) for side in "12")
+        first, second = (_pair(loaded, "hada_", side) for side in "12")
         if first.rank * second.rank >= min(self.shape):
             return Product(_as_pair(first.product() * second.product()))
         # Rows of a column-wise product: each column of one factor with each of the other.
@@ -61,17 +66,11 @@ class Loha:
 
 
 @dataclass(frozen=True)
-class Lokr:
+class Lokr(_Parts):
     """The Kronecker product of two matrices, each of which may be a product of two: its ranks multiply."""
 
-    parts: Mapping[str, Stored]
-    shape: tuple[int, int]
     sides: tuple[tuple[int, int], tuple[int, int]]
     kernel: tuple[int, ...]
-
-    @property
-    def tensors(self) -> tuple[Stored, ...]:
-        return tuple(self.parts.values())
 
     @property
     def whole(self) -> bool:
@@ -88,14 +87,6 @@ class Lokr:
         (a, b), (c, d) = self.sides
         first, second = (_inner(self.parts, "lokr_", side) for side in "12")
         return min(a, b, first) * min(c, d * math.prod(self.kernel), second)
-
-    @property
-    def is_pair(self) -> bool:
-        return False
-
-    @property
-    def is_stored(self) -> bool:
-        return True
 
     def read(self) -> KroneckerProduct:
         loaded = {name: each.read().double() for name, each in self.parts.items()}
@@ -173,10 +164,11 @@ def _inner(parts: Mapping[str, Stored], kind: str, side: str) -> int:
     return factor.shape[0] if f"{kind}t{side}" in parts else factor.shape[1]
 
 
-def _hada_pair(loaded: Loaded, side: str) -> FactorPair:
-    a, b = loaded[f"hada_w{side}_a"], loaded[f"hada_w{side}_b"]
-    if (core := loaded.get(f"hada_t{side}")) is None:
-        return FactorPair(a, b)
+def _pair(loaded: Loaded, kind: str, side: str) -> FactorPair:
+    """One of the matrices that are products, its positions flattened."""
+    a, b = loaded[f"{kind}w{side}_a"], loaded[f"{kind}w{side}_b"]
+    if (core := loaded.get(f"{kind}t{side}")) is None:
+        return FactorPair(a, b.flatten(1))
     return FactorPair(a.T, torch.einsum("pq...,qi->pi...", core, b).flatten(1))
 
 
@@ -184,11 +176,7 @@ def _kron_pair(loaded: Loaded, side: str) -> FactorPair:
     """One of the matrices, its positions flattened, as a pair of no more than its full rank."""
     if (whole := loaded.get(f"lokr_w{side}")) is not None:
         return _as_pair(whole.flatten(1))
-    a, b = loaded[f"lokr_w{side}_a"], loaded[f"lokr_w{side}_b"]
-    if (core := loaded.get(f"lokr_t{side}")) is None:
-        pair = FactorPair(a, b.flatten(1))
-    else:
-        pair = FactorPair(a.T, torch.einsum("pq...,qi->pi...", core, b).flatten(1))
+    pair = _pair(loaded, "lokr_", side)
     return pair if pair.rank < min(len(pair.up), pair.down.shape[1]) else _as_pair(pair.product())
 
 
