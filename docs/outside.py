@@ -31,6 +31,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
             return found[0]
         if picture:
             return f"![{shown}]({above}pictures/{Path(path).name})"
-        return f"{shown}" if shown == path else f"{shown} (`{path}`)"
+        return shown if shown == path else f"{shown} (`{path}`)"
 
     return _OUTSIDE.sub(inside, markdown)

@@ -84,6 +84,7 @@ def _exchanged(
     with bounds: Dyer, Kayal and Walker, 1984), or of too many those that exceed the minima least.
     """
     priced = [layer.loss + price * layer.cost for layer in layers]
+    above = [each - each.min() for each in priced]
     loss = _total(layers, chosen)
     room = loss - (sum(float(each.min()) for each in priced) - price * budget)
     if room <= settings.gap * loss:
@@ -91,10 +92,10 @@ def _exchanged(
     least = sum(int(layer.cost.min()) for layer in layers)
     cost, excess = np.zeros(1), np.zeros(1)
     steps = []
-    for layer, each in zip(layers, priced, strict=True):
+    for layer, each in zip(layers, above, strict=True):
         least -= int(layer.cost.min())
-        own = np.flatnonzero(each - each.min() < room)
-        costs, excesses = cost[:, None] + layer.cost[own], excess[:, None] + (each - each.min())[own]
+        own = np.flatnonzero(each < room)
+        costs, excesses = cost[:, None] + layer.cost[own], excess[:, None] + each[own]
         places = np.flatnonzero((costs + least <= budget) & (excesses < room))
         if not places.size:
             return chosen
