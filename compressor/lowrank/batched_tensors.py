@@ -7,15 +7,14 @@ have the same rank, and `STEM.batched.MEMBER.weight` for matrices that stay dens
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from compressor.forms import MARKERS, PLAIN
 from compressor.io import Checkpoint, Stack, TensorInfo, TensorInMemory
-from compressor.lowrank.spec import LayerSpec, LowRankSpec
-from compressor.lowrank.stored_pairs import damaged, spec_of
+from compressor.lowrank.spec import LayerSpec
+from compressor.lowrank.stored_pairs import config_spec, damaged, spec_of
 
 
 def batched_stems(stacks: Sequence[Stack], layers: Mapping[str, LayerSpec]) -> tuple[str, ...]:
@@ -120,9 +119,4 @@ def unbatched_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _stems_in(checkpoint: Checkpoint) -> tuple[str, ...]:
-    said = (checkpoint.config or {}).get("quantization_config")
-    stems = spec_of(checkpoint).batched
-    if not stems and isinstance(said, Mapping):
-        with suppress(ValueError):
-            stems = LowRankSpec.from_config(said).batched
-    return stems
+    return spec_of(checkpoint).batched or config_spec(checkpoint).batched

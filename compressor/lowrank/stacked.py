@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from compressor.io import Checkpoint, Stack, TensorInfo
-from compressor.lowrank.spec import LowRankSpec
-from compressor.lowrank.stored_pairs import damaged, spec_of
+from compressor.lowrank.stored_pairs import config_spec, damaged, spec_of
 
 
 def stacks_of(checkpoint: Checkpoint) -> tuple[Stack, ...]:
     """The tensors of the original that held several layers which a compressed model has apart, as it says."""
-    said = (checkpoint.config or {}).get("quantization_config")
-    stacks = spec_of(checkpoint).stacks
-    if not stacks and isinstance(said, Mapping):
-        with suppress(ValueError):
-            stacks = LowRankSpec.from_config(said).stacks
-    return stacks
+    return spec_of(checkpoint).stacks or config_spec(checkpoint).stacks
 
 
 def put_together_infos(

@@ -93,7 +93,7 @@ def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
-    said = {**_layers_in_config(checkpoint), **spec_of(checkpoint).layers}
+    said = {**config_spec(checkpoint).layers, **spec_of(checkpoint).layers}
     pairs: dict[str, StoredPair] = {}
     found: set[str] = set()
     for tensor, shape in shapes.items():
@@ -311,13 +311,16 @@ def _is_grouped(own: Mapping[str, tuple[int, ...]]) -> bool:
     return GROUPED.read("grouped convolution", own) is not None
 
 
-def _layers_in_config(checkpoint: Checkpoint) -> Mapping[str, LayerSpec]:
-    """The low-rank layers that `config.json` names; its names are those of modules, mostly those of the file too."""
+def config_spec(checkpoint: Checkpoint) -> LowRankSpec:
+    """What `config.json` says; its names are those of modules, mostly those of the file too.
+
+    It says nothing where that cannot be read.
+    """
     said = (checkpoint.config or {}).get("quantization_config")
     if isinstance(said, Mapping):
         with suppress(ValueError):
-            return LowRankSpec.from_config(said).layers
-    return {}
+            return LowRankSpec.from_config(said)
+    return LowRankSpec({})
 
 
 def spec_of(checkpoint: Checkpoint) -> LowRankSpec:
