@@ -33,7 +33,7 @@ from compressor.engine import InProcess, Run, processors
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
 from compressor.factorize import FactorizationSettings, GroupedMetric, Metric, grouped_values, product_svd
-from compressor.forms import DENSE, FORMS, pair_name, pair_of, quantization_of
+from compressor.forms import DENSE, FORMS, Approximations, pair_name, pair_of, quantization_of
 from compressor.io import Checkpoint
 from compressor.lowrank import as_matrix, product_in
 from compressor.model import evaluation_mode
@@ -184,7 +184,8 @@ def work_on_quantization(
     shares = sum(map(_quantizing, quantized)) / _quantizing(middle)
 
     def errors(form: str) -> Callable[[], object]:
-        return lambda: FORMS[form].errors_in(middle, matrix, metric=metric, settings=known)
+        fresh = partial(Approximations, weight=middle, matrix=matrix, metric=metric, settings=known)
+        return lambda: fresh().errors(FORMS[form])
 
     def made(form: str, rounds: int) -> Callable[[], object]:
         asked = replace(known, quantization_rounds=rounds)

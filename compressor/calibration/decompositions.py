@@ -21,7 +21,7 @@ from compressor.factorize import (
     decompose_tied,
     working_bytes,
 )
-from compressor.forms import FORMS
+from compressor.forms import FORMS, Approximations
 from compressor.lowrank import as_matrix, written
 from compressor.measure import Precision, Spectrum
 from compressor.network import Layer
@@ -169,10 +169,11 @@ def _decomposed(asked: LayerInMetric) -> Decomposition:
 
 def _own_errors(asked: LayerInMetric) -> Mapping[str, Spectrum]:
     here = asked.on_device()
-
-    def errors(form: str) -> Spectrum:
-        return FORMS[form].errors_in(
-            here.layer, here.matrix, metric=here.metric, settings=here.settings, decomposition=here.decomposition
-        )
-
-    return {form: errors(form) for form in here.forms}
+    approximations = Approximations(
+        weight=here.layer,
+        matrix=here.matrix,
+        metric=here.metric,
+        settings=here.settings,
+        known=here.decomposition,
+    )
+    return {form: approximations.errors(FORMS[form]) for form in here.forms}

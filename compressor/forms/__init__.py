@@ -14,7 +14,7 @@ from compressor.forms.initial import InitialForm, InitialLayer, formed_in
 from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
 from compressor.forms.names import pair_name, quantization_of, quantized_name
-from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import Approximations, MatrixPair, PairForm, StoredPairShape
 from compressor.forms.pivoted import PIVOTED, PivotedLinear
 from compressor.forms.plain import PLAIN, LowRankEmbedding, LowRankLinear
 from compressor.forms.quantized import QuantizedDense, QuantizedPair
@@ -118,6 +118,7 @@ __all__ = [
     "PLAIN",
     "SPATIAL",
     "TRANSPOSED",
+    "Approximations",
     "Count",
     "DenseWeight",
     "InitialForm",

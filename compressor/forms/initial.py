@@ -20,7 +20,7 @@ from torch.func import functional_call
 from compressor.factorize import Decomposition, FactorizationSettings, FactorPair, Metric, PivotedPair, TiedMetric
 from compressor.forms.channel import CHANNEL
 from compressor.forms.kernels import dense_kernels
-from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape, Values
+from compressor.forms.pair_form import Approximations, MatrixPair, PairForm, StoredPairShape, Values
 from compressor.forms.pivoted import PIVOTED
 from compressor.forms.plain import PLAIN
 from compressor.forms.spatial import SPATIAL
@@ -223,16 +223,8 @@ class InitialForm(PairForm):
             return self.pair.own_values(weight)
         return singular_values(weight.flatten(1))
 
-    def errors_in(
-        self,
-        weight: DenseWeight,
-        matrix: Tensor,
-        *,
-        metric: Metric | TiedMetric | None,
-        settings: FactorizationSettings,
-        decomposition: Decomposition | None = None,
-    ) -> Spectrum:
-        return self.pair.errors_in(weight, matrix, metric=metric, settings=settings, decomposition=decomposition)
+    def errors_in(self, approximations: Approximations) -> Spectrum:
+        return approximations.errors(self.pair)
 
 
 INITIAL = tuple(InitialForm.of(pair) for pair in (PLAIN, PIVOTED, CHANNEL, SPATIAL))

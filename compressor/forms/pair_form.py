@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +17,13 @@ from compressor.factorize import (
     Decomposition,
     FactorizationSettings,
     FactorPair,
+    GroupedMetric,
     Metric,
     PivotedPair,
     TiedMetric,
     decompose,
+    decompose_grouped,
+    decompose_tied,
     tied_truncated_svd,
     truncated_svd,
 )
@@ -208,25 +212,73 @@ class PairForm(ABC):
         """The singular values of the matrix that a form with `has_own_errors` factorizes."""
         raise NotImplementedError
 
-    def errors_in(
-        self,
-        weight: DenseWeight,
-        matrix: Tensor,
-        *,
-        metric: Metric | TiedMetric | None,
-        settings: FactorizationSettings,
-        decomposition: Decomposition | None = None,
-    ) -> Spectrum:
+    def errors_in(self, approximations: Approximations) -> Spectrum:
         """Relative errors at rank 0, 1, .. of a form with `has_own_errors`: in a metric, or in the Frobenius norm.
 
         Args:
-            weight: The dense weight.
-            matrix: Its `d_out x d_in` matrix, or what of it is factorized.
-            metric: The metric of the loss.
-            settings: How exact they are.
-            decomposition: That of the matrix in the metric, where it is known.
+            approximations: The matrix, and what was computed of it for other forms.
 
         Returns:
             One for each rank that the form may have; of a form without low-rank factors that of rank 0 alone.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approximations:
+    """Pairs of one matrix in several forms, and their errors: each is computed once, whichever form asks for it.
+
+    Those of a quantized pair start from the pair itself, at every width.
+
+    Args:
+        weight: The dense weight.
+        matrix: Its `d_out x d_in` matrix, or what of it is factorized.
+        metric: The metric of the loss; None for the Frobenius norm.
+        settings: How exact they are.
+        known: The decomposition of the matrix in the metric, where there is one.
+    """
+
+    weight: DenseWeight
+    matrix: Tensor
+    metric: Metric | TiedMetric | None
+    settings: FactorizationSettings
+    known: Decomposition | None = None
+    _pairs: dict[str, dict[int, MatrixPair]] = field(default_factory=dict)
+    _errors: dict[str, Spectrum] = field(default_factory=dict)
+
+    @cached_property
+    def decomposition(self) -> Decomposition:
+        """The decomposition of the matrix in the metric."""
+        return self.known or decomposition_in(self.weight, self.matrix, self.metric, settings=self.settings)
+
+    def pair(self, form: PairForm, rank: int) -> MatrixPair:
+        """The pair of a form at a rank, as `approximate` makes it."""
+        known = self._pairs.setdefault(form.name, {})
+        if rank not in known:
+            known[rank] = form.approximate(
+                self.weight,
+                self.matrix,
+                rank,
+                metric=self.metric,
+                settings=self.settings,
+                decomposition=None if form.has_own_errors else self.decomposition,
+            )
+        return known[rank]
+
+    def errors(self, form: PairForm) -> Spectrum:
+        """The errors of a form that has its own, as `errors_in` finds them."""
+        if form.name not in self._errors:
+            self._errors[form.name] = form.errors_in(self)
+        return self._errors[form.name]
+
+
+def decomposition_in(
+    weight: DenseWeight, matrix: Tensor, metric: Metric | TiedMetric | None, *, settings: FactorizationSettings
+) -> Decomposition:
+    """The decomposition of a weight's `d_out x d_in` matrix in its metric, whichever kind that is."""
+    if weight.groups > 1:
+        assert metric is None or isinstance(metric, GroupedMetric)
+        return decompose_grouped(matrix, weight.groups, metric)
+    if isinstance(metric, TiedMetric):
+        return decompose_tied(matrix, metric)
+    return decompose(matrix, metric, Precision(loss=settings.float32_loss))

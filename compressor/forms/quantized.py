@@ -38,7 +38,14 @@ from compressor.forms.channel import CHANNEL
 from compressor.forms.grouped import GROUPED
 from compressor.forms.kernels import dense_kernels, dequantization, quantized_kernels
 from compressor.forms.layers import MARKERS
-from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape, Values
+from compressor.forms.pair_form import (
+    Approximations,
+    MatrixPair,
+    PairForm,
+    StoredPairShape,
+    Values,
+    decomposition_in,
+)
 from compressor.forms.pivoted import PIVOTED
 from compressor.forms.plain import PLAIN
 from compressor.forms.quantized_layers import (
@@ -54,7 +61,6 @@ from compressor.forms.quantized_parts import (
     TURNED,
     Quantize,
     QuantizedFactors,
-    decomposition_in,
     defect_of_scales,
     flattened,
     grouped_parts,
@@ -294,32 +300,22 @@ class QuantizedPair(_QuantizedForm):
     def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair | PivotedPair:
         return self.pair.merged(kind, self._dequantized(tensors))
 
-    def errors_in(
-        self,
-        weight: DenseWeight,
-        matrix: Tensor,
-        *,
-        metric: Metric | TiedMetric | None,
-        settings: FactorizationSettings,
-        decomposition: Decomposition | None = None,
-    ) -> Spectrum:
+    def errors_in(self, approximations: Approximations) -> Spectrum:
         """At some ranks they are computed: what quantizing adds there, as a share of what the pair captures, is
         interpolated."""
+        weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
         if self.pair.has_own_errors:
-            truncated = self.pair.errors_in(weight, matrix, metric=metric, settings=settings)
+            truncated = approximations.errors(self.pair)
         else:
-            decomposition = decomposition or decomposition_in(weight, matrix, metric, settings=settings)
-            truncated = truncation_errors(decomposition.values)
+            truncated = truncation_errors(approximations.decomposition.values)
         last = len(truncated) - 1
         # A pair of a higher rank has more numbers than the matrix.
         sides = self.sides(weight)
         largest = min(last, max(1, math.prod(sides) // sum(sides)))
-        ranks = np.unique(np.geomspace(1, largest, settings.quantized_ranks).round().astype(np.int64))
-        quantize, added = self._quantize_for_errors(settings), []
+        ranks = np.unique(np.geomspace(1, largest, approximations.settings.quantized_ranks).round().astype(np.int64))
+        quantize, added = self._quantize_for_errors(approximations.settings), []
         for rank in ranks:
-            found = self.pair.approximate(
-                weight, matrix, int(rank), metric=metric, settings=settings, decomposition=decomposition
-            )
+            found = approximations.pair(self.pair, int(rank))
             pair = self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
             error = relative_error(matrix, pair.product(), metric)
             added.append(max(0.0, error**2 - truncated[rank] ** 2) / max(1e-30, 1 - truncated[rank] ** 2))
@@ -435,16 +431,10 @@ class QuantizedDense(_QuantizedForm):
     def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair | PivotedPair:
         raise NotImplementedError
 
-    def errors_in(
-        self,
-        weight: DenseWeight,
-        matrix: Tensor,
-        *,
-        metric: Metric | TiedMetric | None,
-        settings: FactorizationSettings,
-        decomposition: Decomposition | None = None,
-    ) -> Spectrum:
+    def errors_in(self, approximations: Approximations) -> Spectrum:
         """Of the quantized matrix alone at rank 0, and at few bits of what the best correction of a rank leaves."""
+        weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
+        settings = approximations.settings
         turned, quantize = weight.kind in TURNED, self._quantize_for_errors(settings)
         own = quantized_as_stored(in_float64(matrix), single_metric(metric), quantize=quantize, turned=turned)
         found = matrix_of(own, turned=turned)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from compressor.factorize import (
-    Decomposition,
     FactorizationSettings,
     FactorPair,
     GroupedMetric,
@@ -19,16 +18,11 @@ from compressor.factorize import (
     Metric,
     PivotedPair,
     TiedMetric,
-    decompose,
-    decompose_grouped,
-    decompose_tied,
     nearest_kronecker_metric,
     weighed,
 )
 from compressor.forms.pair_form import Values
-from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
-from compressor.measure import Precision
 from compressor.measure.scale import power_of_two
 from compressor.network import Kind
 from compressor.quantize import (
@@ -262,17 +256,6 @@ def stored_parts(pair: QuantizedFactors, infos: Iterable[TensorInfo]) -> dict[st
         assert not isinstance(part, SimulatedMatrix)
         stored |= {info.name: part} if isinstance(part, Tensor) else part_tensors(info.name, part, info)
     return stored
-
-
-def decomposition_in(
-    weight: DenseWeight, matrix: Tensor, metric: Metric | TiedMetric | None, *, settings: FactorizationSettings
-) -> Decomposition:
-    if weight.groups > 1:
-        assert metric is None or isinstance(metric, GroupedMetric)
-        return decompose_grouped(matrix, weight.groups, metric)
-    if isinstance(metric, TiedMetric):
-        return decompose_tied(matrix, metric)
-    return decompose(matrix, metric, Precision(loss=settings.float32_loss))
 
 
 def relative_error(matrix: Tensor, product: Tensor, metric: Metric | TiedMetric | None) -> float:

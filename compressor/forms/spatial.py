@@ -25,7 +25,7 @@ from compressor.factorize import (
 )
 from compressor.forms.kernels import convolution
 from compressor.forms.layers import MARKERS, LayerPair, copy_geometry, unfilled
-from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import Approximations, MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, ModuleCall, Size
@@ -153,20 +153,12 @@ class SpatialForm(PairForm):
     def own_values(self, weight: Tensor) -> Spectrum:
         return singular_values(spatial_matrix(weight))
 
-    def errors_in(
-        self,
-        weight: DenseWeight,
-        matrix: Tensor,
-        *,
-        metric: Metric | TiedMetric | None,
-        settings: FactorizationSettings,
-        decomposition: Decomposition | None = None,
-    ) -> Spectrum:
-        kernel = matrix.reshape(weight.tensor_shape)
+    def errors_in(self, approximations: Approximations) -> Spectrum:
+        kernel, metric = approximations.matrix.reshape(approximations.weight.tensor_shape), approximations.metric
         if metric is None:
             return truncation_errors(singular_values(spatial_matrix(kernel)))
         assert isinstance(metric, Metric)
-        return spatial_errors(kernel, metric, settings=settings)
+        return spatial_errors(kernel, metric, settings=approximations.settings)
 
 
 SPATIAL = SpatialForm()

@@ -25,7 +25,16 @@ from compressor.factorize import (
     product_svd,
     working_bytes,
 )
-from compressor.forms import FORMS, InitialForm, from_initial, has_own_errors, pair_forms, pair_of, quantization_of
+from compressor.forms import (
+    FORMS,
+    Approximations,
+    InitialForm,
+    from_initial,
+    has_own_errors,
+    pair_forms,
+    pair_of,
+    quantization_of,
+)
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import KeptDecompositions, ProductTensor, as_matrix, initial_weight
@@ -219,11 +228,10 @@ def _quantized_errors(
     if layer.groups > 1:
         found = decompose_grouped(matrix, layer.groups)
     found = found or decompose(matrix, None, Precision())
-    settings = FactorizationSettings()
-    return {
-        name: FORMS[name].errors_in(layer, matrix, metric=None, settings=settings, decomposition=found)
-        for name in forms
-    }
+    approximations = Approximations(
+        weight=layer, matrix=matrix, metric=None, settings=FactorizationSettings(), known=found
+    )
+    return {name: approximations.errors(FORMS[name]) for name in forms}
 
 
 def _norm(matrix: Tensor) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, restore
-from compressor.factorize import GroupedMetric, Metric
+from compressor.factorize import GroupedMetric, Metric, SpatialPair
 from compressor.factorize.settings import DEFAULTS
 from compressor.forms import (
     DENSE,
     FORMS,
+    Approximations,
     InitialLayer,
     PairForm,
     StoredWeight,
@@ -29,9 +31,13 @@ from compressor.forms import (
     stored_bytes,
     stored_parameters,
 )
+from compressor.forms.quantized import QuantizedPair
+from compressor.forms.spatial import SpatialForm
+from compressor.forms.weights import DenseWeight
 from compressor.model import load_model
 from compressor.network import Kind
 from compressor.planning import Budget, LayerPlan, Plan
+from compressor.quantize import Quantization
 from tests.forms.diagonal import DIAGONAL, ROOT, DiagonalLinear
 
 QUANTIZED = tuple(
@@ -215,7 +221,7 @@ def test_errors_are_those_of_what_is_stored(form: PairForm, in_metric: bool) -> 
     weight = taken_by(form)
     matrix = torch.randn(weight.shape, dtype=torch.float64)
     metric = metric_of(weight) if in_metric else None
-    errors = form.errors_in(weight, matrix, metric=metric, settings=DEFAULTS)
+    errors = Approximations(weight=weight, matrix=matrix, metric=metric, settings=DEFAULTS).errors(form)
     sides = form.sides(weight)
     ranks = (0,) if pair_name(form.name).endswith(DENSE) else (1, max(1, math.prod(sides) // sum(sides)))
     assert len(errors) in (1, min(form.sides(weight)) + 1)
@@ -227,6 +233,28 @@ def test_errors_are_those_of_what_is_stored(form: PairForm, in_metric: bool) -> 
         )
         # In a metric the errors that would be made are simulated, or made without refinement.
         assert errors[rank] == pytest.approx(math.sqrt(changed / total), rel=0.4 if in_metric else 1e-6)
+
+
+def test_what_widths_have_in_common_is_computed_once() -> None:
+    torch.manual_seed(0)
+    weight = StoredWeight("convolution", (6, 48, 3, 3))
+    matrix, metric = torch.randn(weight.shape, dtype=torch.float64), metric_of(weight)
+    solved: list[int] = []
+
+    class Counted(SpatialForm):
+        def approximate(self, weight: DenseWeight, matrix: Tensor, rank: int, **asked: Any) -> SpatialPair:
+            solved.append(rank)
+            return super().approximate(weight, matrix, rank, **asked)
+
+    forms = [QuantizedPair.of(Counted(), Quantization(bits)) for bits in (8, 6, 4)]
+    shared = Approximations(weight=weight, matrix=matrix, metric=metric, settings=DEFAULTS)
+    together = [shared.errors(form) for form in forms]
+    assert len(solved) == len(set(solved)) == DEFAULTS.quantized_ranks
+    apart = [
+        Approximations(weight=weight, matrix=matrix, metric=metric, settings=DEFAULTS).errors(form) for form in forms
+    ]
+    assert len(solved) == 4 * DEFAULTS.quantized_ranks
+    assert all(np.array_equal(one, other) for one, other in zip(together, apart, strict=True))
 
 
 @pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
