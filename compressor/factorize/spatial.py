@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -68,6 +69,11 @@ class WhitenedKernel:
     gradients_root: Tensor
     vertical_root: Tensor
     horizontal_root: Tensor
+
+    @cached_property
+    def narrow_inputs(self) -> Tensor:
+        """`inputs` in float32, `(c k_h) x (k_w k_w c k_h)`."""
+        return self.inputs.flatten(1).float()
 
 
 def spatial_matrix(kernel: Tensor) -> Tensor:
@@ -218,10 +224,13 @@ def _better_down(problem: WhitenedKernel, up: Tensor, down: Tensor, *, settings:
     and S_jk that of the moment.
     """
     height = down.shape[1]
-    products = torch.einsum("ork,osj->rsjk", up, up).flatten(1)
+    # They stop at a rough residual, to which float32 is exact; what a sweep gained is known in float64.
+    products = torch.einsum("ork,osj->rsjk", up, up).flatten(1).float()
 
     def normal(rows: Tensor) -> Tensor:
-        return products @ (rows @ problem.inputs.flatten(1)).reshape(-1, height)
+        scale = power_of_two(rows)
+        half = (rows / scale).float() @ problem.narrow_inputs
+        return scale * in_float64(products @ half.reshape(-1, height))
 
     right_side = torch.einsum("orj,oaj->ra", up, problem.weighted)
     residual = right_side - normal(down)
