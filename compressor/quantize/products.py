@@ -242,7 +242,8 @@ def _blocks_of_rows(rows: int) -> list[tuple[int, int, Tensor, Tensor]]:
 def has_kernel(bits: int, device: torch.device) -> bool:
     """Whether PyTorch has a kernel for weights of 8 or of 4 bits on a device that multiplies as it should.
 
-    It is tried once, on a small weight: of a device that was never tried nothing is taken on trust.
+    It is tried once, on a small weight: of a device that was never tried nothing is taken on trust. A mode that watches
+    the first product, such as one that counts operations, does not see the trial.
     """
     names = ["_weight_int8pack_mm"] if bits == 8 else ["_weight_int4pack_mm", "_convert_weight_to_int4pack"]
     ending = "_for_cpu" if bits == 4 and device.type == "cpu" else ""
@@ -252,7 +253,8 @@ def has_kernel(bits: int, device: torch.device) -> bool:
         key = torch._C._dispatch_key_for_device(device.type)
         if not all(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}{ending}", key) for name in names):
             return False
-        (_try_8_bits if bits == 8 else _try_4_bits)(device)
+        with torch.utils._python_dispatch._disable_current_modes():
+            (_try_8_bits if bits == 8 else _try_4_bits)(device)
     except Exception as error:
         logger.warning("weights of %d bits are dequantized on %s: its kernel for them fails: %s", bits, device, error)
         return False

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.quantize.products import from_tiles, has_kernel, held_for_kernel, kernel_group, unheld
 
@@ -76,3 +77,11 @@ def test_this_cpu_has_kernels_that_multiply_as_they_should() -> None:
     assert has_kernel(4, CPU)
     assert has_kernel(8, CPU)
     assert not has_kernel(4, torch.device("meta"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_trial_of_a_kernel_is_no_operation_of_the_model(bits: int) -> None:
+    has_kernel.cache_clear()
+    with FlopCounterMode(display=False) as counter:
+        assert has_kernel(bits, CPU)
+    assert counter.get_total_flops() == 0
