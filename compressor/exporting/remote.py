@@ -279,8 +279,8 @@ def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list
         what = f"transformers {transformers.__version__} has no model {architecture}"
         raise BadInput(what, where=where, remedy=remedy)
     autos = []
-    for name in sorted(dir(transformers)):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+    for name in sorted({name for name in transformers.__all__ if name.startswith("AutoModel")}):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
         if mapping is None or type(known) not in mapping:
             continue
         leads_to = mapping[type(known)]

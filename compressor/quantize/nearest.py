@@ -12,6 +12,8 @@ from compressor.quantize.settings import DEFAULTS, QuantizationSettings
 
 # So many weights at once stay in the cache of a core.
 _AT_ONCE = 1 << 18
+# Of so many weights some scales are tried at once: an operation on fewer takes no less time.
+_TRIED_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -144,24 +146,27 @@ class _Groups:
 
     def lost(self, scales: Tensor) -> Tensor:
         """The weighted squared error of each group."""
-        return ((self.integers(scales) * scales - self.values).square_() * self.weights).sum(2, keepdim=True)
+        return ((self.integers(scales) * scales - self.values).square_() * self.weights).sum(-1, keepdim=True)
 
     def fitted(self, scales: Tensor) -> tuple[Tensor, Tensor]:
         """The best scales for the integers at given ones, and the weighted square that they capture."""
         integers = self.integers(scales)
         weighted = integers * self.weights
-        square = (weighted * integers).sum(2, keepdim=True)
-        product = weighted.mul_(self.values).sum(2, keepdim=True)
+        square = (weighted * integers).sum(-1, keepdim=True)
+        product = weighted.mul_(self.values).sum(-1, keepdim=True)
         fitted = torch.where(square > 0, product / square, scales)
         return torch.where(fitted > 0, fitted, scales), torch.where(square > 0, product.square() / square, 0.0)
 
     def searched(self, span: Tensor, *, least: float, settings: QuantizationSettings) -> Tensor:
         """The best scales that were found, from the one that spans the group down to a share of it."""
         best, captured = self.fitted(span)
-        for step in range(1, 1 + int((1 - least) / settings.scale_step)):
-            scales, square = self.fitted((1 - step * settings.scale_step) * span)
-            better = square > captured
-            best, captured = torch.where(better, scales, best), torch.where(better, square, captured)
+        steps = torch.arange(1, 1 + int((1 - least) / settings.scale_step), dtype=torch.float64, device=span.device)
+        shares = (1 - steps * settings.scale_step).to(span.dtype).view(-1, 1, 1, 1)
+        together = max(1, _TRIED_AT_ONCE // max(1, self.values.numel()))
+        for some in torch.split(shares, together) if len(shares) else ():
+            for scales, square in zip(*self.fitted(some * span), strict=True):
+                better = square > captured
+                best, captured = torch.where(better, scales, best), torch.where(better, square, captured)
         for _ in range(settings.scale_rounds):
             best, _ = self.fitted(best)
         return best
