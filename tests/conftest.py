@@ -1,20 +1,26 @@
-"""What holds for the whole suite."""
+"""What holds for the whole suite.
+
+PyTorch, transformers, and the package take seconds to import, and are imported where they are used: of the processes
+of a run the one that only hands out the tests needs none of them.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compressor.data import Batch, EvaluationData
 from tests.warm import WARM, Warm
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from compressor.data import Batch, EvaluationData
 
 # How long an example takes says how busy the machine is, and nothing about the code. The suite tries the same examples
 # each time, so that a change fails by what it changes; `make explore-properties` tries others.
@@ -22,7 +28,6 @@ _UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow
 settings.register_profile("suite", _UNHURRIED, max_examples=50, derandomize=True)
 settings.register_profile("explore", _UNHURRIED, max_examples=200, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
-torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[WARM].close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are too small for more."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -46,6 +59,7 @@ ALPHABET = "abcdefgh \n"
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character: 0 is padding, 1 unknown, the letters of the alphabet follow."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<unk>": 1, **{letter: 2 + i for i, letter in enumerate(ALPHABET)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -56,6 +70,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     """Two layers with grouped-query attention, vocabulary 12."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=12,
@@ -73,6 +90,8 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture
 def vector_data() -> Callable[[Tensor, Tensor], EvaluationData]:
+    from compressor.data import Batch, EvaluationData
+
     def from_tensors(inputs: Tensor, labels: Tensor, batch_size: int = 4) -> EvaluationData:
         def read(positions: object) -> Batch:
             chosen = list(positions)  # type: ignore[call-overload]
@@ -83,19 +102,20 @@ def vector_data() -> Callable[[Tensor, Tensor], EvaluationData]:
     return from_tensors
 
 
-class Lookup(nn.Module):
-    """Looks its predictions up: the logits of token or example number i are row i of a table."""
+@pytest.fixture(scope="session")
+def lookup() -> type[nn.Module]:
+    from torch import nn
 
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.table = nn.Parameter(table)
+    class Lookup(nn.Module):
+        """Looks its predictions up: the logits of token or example number i are row i of a table."""
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        return self.table[numbers.long().squeeze(-1) if numbers.is_floating_point() else numbers]
+        def __init__(self, table: Tensor) -> None:
+            super().__init__()
+            self.table = nn.Parameter(table)
 
+        def forward(self, numbers: Tensor) -> Tensor:
+            return self.table[numbers.long().squeeze(-1) if numbers.is_floating_point() else numbers]
 
-@pytest.fixture
-def lookup() -> type[Lookup]:
     return Lookup
 
 
@@ -105,6 +125,7 @@ Saved = Callable[..., list[Path]]
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
     """Writes networks to weight files, named A, B, C."""
+    from safetensors.torch import save_file
 
     def save(networks: Sequence[nn.Module]) -> list[Path]:
         paths = [tmp_path / f"{name}.safetensors" for name, _ in zip("ABC", networks, strict=False)]
@@ -118,6 +139,7 @@ def saved(tmp_path: Path) -> Saved:
 @pytest.fixture
 def task_files(tmp_path: Path) -> Callable[[Sequence[tuple[Tensor, Tensor]]], list[Path]]:
     """Writes each task's inputs and labels to a file of arrays."""
+    from safetensors.torch import save_file
 
     def save(tasks: Sequence[tuple[Tensor, Tensor]]) -> list[Path]:
         paths = [tmp_path / f"data-{number}.safetensors" for number, _ in enumerate(tasks)]
