@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from compressor import compress, diagnose, evaluate, merge
+from compressor import TimingSettings, compress, diagnose, evaluate, merge
 from compressor.planning import Budget, LayerPlan, Plan
 from tests.calibration.tiny_models import TWO_PASSES
 from tests.model.test_opened import Counted, network
@@ -88,6 +88,7 @@ def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
         calibration=list(tokens.split(3)),
         calibration_settings=TWO_PASSES,
         data=tmp_path / "tokens.npz",
+        timing_settings=TimingSettings(most_repeats=7),
         progress=lambda *_: None,
         prefer="size",
         bits=16,

@@ -34,6 +34,10 @@ class Processor:
         raise AssertionError("its tokenizer is called")
 
 
+# No time is looked at.
+BRIEF = compressor.TimingSettings(most_repeats=7)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
@@ -46,7 +50,7 @@ def outcome(model: Any, data: Any, **options: Any) -> tuple[float, ...]:
     plan = compressor.plan(
         model, keep=0.5, calibration=data, calibration_samples=8, effort="balanced", prefer="size", bits=16, **options
     )
-    measured = compressor.evaluate(model, data=data, data_samples=4, **options)
+    measured = compressor.evaluate(model, data=data, data_samples=4, timing_settings=BRIEF, **options)
     assert plan.calibration is not None
     assert measured.compressed_loss is not None
     return measured.compressed_loss, measured.count, plan.calibration.holdout_loss
@@ -84,8 +88,8 @@ def test_an_image_processor_prepares_images_for_a_module(tmp_path: Path) -> None
         Image.fromarray(each).save(path)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    found = compressor.evaluate(model, data=tmp_path / "images", processor=processor)
-    expected = compressor.evaluate(tmp_path / "model", data=tmp_path / "images")
+    found = compressor.evaluate(model, data=tmp_path / "images", processor=processor, timing_settings=BRIEF)
+    expected = compressor.evaluate(tmp_path / "model", data=tmp_path / "images", timing_settings=BRIEF)
     assert (found.compressed, found.compressed_loss) == (expected.compressed, expected.compressed_loss)
     with pytest.raises(BadInput, match="ViTForImageClassification does not accept this data"):
         compressor.evaluate(model, data=tmp_path / "images")

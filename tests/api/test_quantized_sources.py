@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compressor
-from compressor import BadInput, compress, inspect, plan, restore
+from compressor import BadInput, TimingSettings, compress, inspect, plan, restore
 from compressor.encodings import encoded_names
 from compressor.model import open_model, open_runnable
 from tests.encodings import stored
@@ -239,13 +239,14 @@ def test_it_is_calibrated_and_evaluated(tmp_path: Path) -> None:
         data=tokens,
         prefer="size",
         effort="fast",
+        timing_settings=TimingSettings(most_repeats=7),
     )
     assert made.evaluation is not None
-    alike = compressor.evaluate(means, data=tokens)
+    alike = compressor.evaluate(means, data=tokens, timing_settings=TimingSettings(most_repeats=7))
     assert made.evaluation.baseline == pytest.approx(alike.compressed, rel=1e-6)
 
 
-def test_inspect_and_plan_see_the_layers(source: Source, tmp_path: Path) -> None:
+def test_inspect_sees_the_layers(source: Source, tmp_path: Path) -> None:
     means = source.made(tmp_path / "model")
     found, alike = inspect(tmp_path / "model"), inspect(means)
     known = {each.layer.name: each for each in alike.layers}
@@ -255,7 +256,17 @@ def test_inspect_and_plan_see_the_layers(source: Source, tmp_path: Path) -> None
         assert each.singular_values == known[each.layer.name].singular_values
     assert found.weight_bytes < alike.weight_bytes
     assert found.parameters == alike.parameters
-    assert {layer.name for layer in plan(tmp_path / "model", bits=4, calibration="none", prefer="size").layers}
+
+
+def test_plan_chooses_what_compress_makes(tmp_path: Path) -> None:
+    SOURCES["llama-gptq"].made(tmp_path / "model")
+    asked: Any = {"bits": 4, "calibration": "none", "prefer": "size"}
+    planned = plan(tmp_path / "model", **asked)
+    made = compress(tmp_path / "model", output=tmp_path / "small", **asked)
+    assert planned.layers
+    assert [(each.name, each.form, each.rank) for each in planned.layers] == [
+        (each.name, each.form, each.rank) for each in made.plan.layers
+    ]
 
 
 def test_a_file_without_its_folder_says_itself_how_it_is_read(tmp_path: Path) -> None:

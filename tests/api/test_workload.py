@@ -68,7 +68,7 @@ def model(width: int = 16) -> nn.Module:
 
 
 def calibrated() -> dict[str, Any]:
-    return {"calibration": batches(), "calibration_settings": TWO_PASSES, "bits": 16}
+    return {"calibration": batches(), "calibration_settings": replace(TWO_PASSES, uniform=True), "bits": 16}
 
 
 def batches() -> list[Tensor]:
@@ -98,7 +98,11 @@ COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
     ),
     "planned": lambda _, seen: plan(model(), keep=0.5, **calibrated(), progress=seen, prefer="size"),
     "a given plan": lambda _, seen: compress(
-        model(), plan=_given(), calibration=batches(), calibration_settings=TWO_PASSES, progress=seen
+        model(),
+        plan=_given(),
+        calibration=batches(),
+        calibration_settings=replace(TWO_PASSES, uniform=True),
+        progress=seen,
     ),
 }
 

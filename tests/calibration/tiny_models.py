@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, RefinementSettings, calibrate
+from compressor.calibration.settings import EndToEndSettings
 from compressor.data import Batch
 from compressor.data.builtin_data import digits
 from compressor.engine import Run
@@ -20,8 +22,13 @@ from compressor.planning import LayerPlan
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-# For what does not depend on how far the factors are fitted: Adam takes most of the time of a calibration.
-TWO_PASSES = CalibrationSettings(refinement=RefinementSettings(passes=2, steps=4))
+# For what does not depend on how far the factors are fitted, nor on what uniform quantization loses: Adam and that take
+# most of the time of a calibration.
+TWO_PASSES = CalibrationSettings(
+    refinement=RefinementSettings(passes=2, steps=4),
+    end_to_end=EndToEndSettings(replace(EndToEndSettings().fitting, steps=4), texts=1),
+    uniform=False,
+)
 BLOCKS = 3
 TOKENS = 40
 

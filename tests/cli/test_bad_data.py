@@ -15,7 +15,7 @@ from compressor import BadInput, compress
 from compressor.cli.run import run
 
 LETTERS = "abcdefghijklmnop"
-HALF = ("--keep", "0.5", "--prefer", "size")
+HALF = ("--keep", "0.5", "--prefer", "size", "--effort", "fast", "--bits", "16")
 
 Captured = pytest.CaptureFixture[str]
 

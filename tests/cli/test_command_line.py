@@ -20,6 +20,7 @@ from compressor.api.kinds import TRAINING_FLAGS
 from compressor.cli.run import SUBCOMMANDS, run
 from compressor.errors import BadInput, CompressorError, QualityGateNotMet
 from compressor.io import open_checkpoint
+from tests.warm import Warm
 
 COMPRESS = [sys.executable, "-c", "from compressor.cli import main; main()"]
 
@@ -461,11 +462,26 @@ def test_help_takes_less_than_half_a_second() -> None:
     assert min(seconds() for _ in range(3)) < 0.5
 
 
+# A process with its own standard output: as a shell starts it, and, where it computes, as a fork that has the imports.
+NOBODY_READS = "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)"
+FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+NO_OUTPUT = "os.close(1); sys.stdout = None"
+NO_ERRORS = "os.close(2); sys.stderr = None"
+THEN = "\nfrom compressor.cli import main; main()"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["inspect", "-q", "MODEL"], ["--help"], ["plan", "--help"], ["--version"]])
-def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) -> None:
-    command = [*COMPRESS, *(str(model) if word == "MODEL" else word for word in arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("arguments", [["inspect", "-q", "MODEL"], ["plan", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path, warm: Warm) -> None:
+    words = [str(model) if word == "MODEL" else word for word in arguments]
+    done = warm.run(f"import os; {NOBODY_READS}{THEN}", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_a_reader_of_a_new_process_that_goes_away_is_no_error(argument: str) -> None:
+    process = subprocess.Popen([*COMPRESS, argument], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
@@ -476,24 +492,31 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) 
 
 @on_linux
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "MODEL", "-q"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 @pytest.mark.parametrize("place", [">&-", ">/dev/full"])
-def test_a_standard_output_that_takes_nothing_is_a_failure_in_one_line(
-    arguments: list[str], place: str, model: Path
+def test_a_standard_output_that_takes_nothing_is_a_failure_in_one_line(arguments: list[str], place: str) -> None:
+    command = ["sh", "-c", f'exec "$@" {place}', "sh", *COMPRESS, *arguments]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output ")
+    assert done.stderr.count("\n") == 1
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [NO_OUTPUT, FULL])
+def test_results_that_a_standard_output_does_not_take_are_a_failure_in_one_line(
+    place: str, model: Path, warm: Warm
 ) -> None:
-    words = [str(model) if word == "MODEL" else word for word in arguments]
-    done = subprocess.run(
-        ["sh", "-c", f'exec "$@" {place}', "sh", *COMPRESS, *words], stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = warm.run(f"import os, sys; {place}{THEN}", "inspect", str(model), "-q")
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output ")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_closed_standard_error_is_no_failure(model: Path) -> None:
-    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMPRESS, "inspect", str(model)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+def test_a_closed_standard_error_is_no_failure(model: Path, warm: Warm) -> None:
+    done = warm.run(f"import os, sys; {NO_ERRORS}{THEN}", "inspect", str(model))
     assert (done.returncode, "Effective ranks" in done.stdout) == (0, True)
 
 
@@ -520,9 +543,10 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_writing_leaves_nothing_behind_even_when_it_is_sent_twice(number: int, model: Path) -> None:
-    command = [sys.executable, "-c", STOP_WHILE_WRITING, str(int(number)), str(model), "--keep", "0.5", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_signal_while_writing_leaves_nothing_behind_even_when_it_is_sent_twice(
+    number: int, model: Path, warm: Warm
+) -> None:
+    done = warm.run(STOP_WHILE_WRITING, str(int(number)), str(model), "--keep", "0.5", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "interrupted\n")
     assert list(model.parent.iterdir()) == [model]
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import compressor
 from compressor.cli.run import run
 
 pytestmark = pytest.mark.slow
@@ -26,6 +27,7 @@ EXAMPLES, TOKENS, TARGETS = 8, 6, 5
 LETTERS = "abcdefgh"
 PADDING, END = 0, 1
 SMALLER = ("--keep", "0.7", "--prefer", "size", "--bits", "16")
+ONCE = compressor.TimingSettings(warm_ups=0, fewest_repeats=1, most_repeats=1)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -130,14 +132,14 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: i
 
 @pytest.mark.parametrize(("name", "suffix"), [("t5", ".npz"), ("bart", ".safetensors"), ("whisper", ".npz")])
 def test_an_encoder_decoder_is_calibrated_and_measured_on_the_inputs_of_its_forward(
-    name: str, suffix: str, folders: dict[str, Path], *, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, suffix: str, folders: dict[str, Path], *, tmp_path: Path
 ) -> None:
     calibration = written(inputs_of(name, 1), tmp_path / f"calibration{suffix}")
     data = written(inputs_of(name, 2), tmp_path / f"data{suffix}")
-    found = result(
-        capsys, folders[name], *SMALLER, "-o", tmp_path / "small", "--json", "--calibration", calibration,
-        "--data", data, "--effort", "balanced", "-q",
-    )  # fmt: skip
+    found = compressor.compress(
+        folders[name], output=tmp_path / "small", keep=0.7, prefer="size", bits=16, calibration=calibration,
+        data=data, effort="balanced", timing_settings=ONCE,
+    ).to_dict()  # fmt: skip
     assert found["calibration"]["unit"] == "nats per prediction"
     assert (found["calibration"]["examples"], found["calibration"]["holdout"]) == (6, 2)
     evaluation = found["evaluation"]
@@ -239,8 +241,6 @@ def gated_arrays() -> dict[str, Tensor]:
 def test_a_network_of_ones_own_takes_arrays_by_the_names_of_its_forward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import compressor
-
     data = written(gated_arrays(), tmp_path / "data.npz")
     save_file(Gated().state_dict(), tmp_path / "model.safetensors")
     factory = f"{__file__}:Gated"
@@ -257,8 +257,6 @@ def test_a_network_of_ones_own_takes_arrays_by_the_names_of_its_forward(
 
 
 def test_a_module_in_memory_takes_arrays_by_the_names_of_its_forward(tmp_path: Path) -> None:
-    import compressor
-
     data = written(inputs_of("whisper", 1), tmp_path / "data.npz")
     torch.manual_seed(0)
     found = compressor.compress(whisper(), keep=0.7, calibration=data, effort="balanced", prefer="size", bits=16)
