@@ -11,14 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from compressor.api.shell_options import ShownOptions
 from compressor.cli.pace import Estimate, Pace
 from compressor.errors import CompressorError
-from compressor.progress import Progress, Step
+from compressor.progress import Progress, Step, expect
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+logger = logging.getLogger("compressor.cli")
 
 # Without a terminal a line of progress needs 10 s since the one before, and a tenth more done or a minute passed.
 LINE_SECONDS, SILENCE_SECONDS = 10.0, 60.0
@@ -45,8 +48,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_rendered(content: RenderableType) -> None:
-    """Write a page to standard output: in color on a terminal; elsewhere as plain text.
+def write_rendered(content: RenderableType, stream: TextIO | None = None) -> None:
+    """Write a page to standard output, or to another stream: in color on a terminal; elsewhere as plain text.
 
     In plain text sentences are wrapped at 80 columns, and tables are as wide as they need to be.
     """
@@ -54,12 +57,18 @@ def write_rendered(content: RenderableType) -> None:
 
     # Rendered apart, because rich would leave the program where standard output cannot be written.
     rendered = io.StringIO()
-    terminal = sys.stdout.isatty()
+    terminal = (stream or sys.stdout).isatty()
     width = None if terminal else 80
     console = Console(file=rendered, force_terminal=terminal or None, width=width, highlight=False, emoji=False)
     console.print(content, crop=False)
     # Trailing blanks only wrap in a narrow window.
-    write_text("".join(line.rstrip() + "\n" for line in rendered.getvalue().splitlines()))
+    text = "".join(line.rstrip() + "\n" for line in rendered.getvalue().splitlines())
+    if stream is None:
+        write_text(text)
+        return
+    with suppress(OSError):
+        stream.write(text)
+        stream.flush()
 
 
 def write_text(text: str) -> None:
@@ -86,26 +95,48 @@ def writing_to_standard_output() -> Iterator[None]:
 
 
 @contextmanager
-def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
-    """Show logs and progress on standard error while the block runs: bars on a terminal, a line now and then elsewhere.
+def shown_progress(shown: ShownOptions) -> Iterator[Progress | None]:
+    """Show logs and progress on standard error while the block runs: a bar on a terminal, some lines elsewhere.
 
-    With `quiet` there are no progress and no logs below a warning, and what is yielded is None.
+    If it is to be `quiet` there are no progress and no logs below a warning, and what is yielded is None; if `verbose`,
+    the logs have what is decided on the way and how long each step took.
     """
     from rich.console import Console
 
-    if quiet:
+    if shown.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     console = Console(file=sys.stderr, highlight=False, emoji=False)
-    with _logs_on(console, logging.WARNING if quiet else logging.INFO):
-        if quiet:
+    level = logging.WARNING if shown.quiet else logging.DEBUG if shown.verbose else logging.INFO
+    with _logs_on(console, level):
+        if shown.quiet:
             yield None
         elif console.is_terminal:
             with _bars(console, time.monotonic) as progress:
-                yield progress
+                yield _Timed(progress, time.monotonic) if shown.verbose else progress
         else:
             if "torch" not in sys.modules:
                 write_error("loading the libraries")
-            yield ProgressLines(write_error, time.monotonic)
+            lines = ProgressLines(write_error, time.monotonic)
+            yield _Timed(lines, time.monotonic) if shown.verbose else lines
+
+
+class _Timed:
+    """Progress that also tells the log how long each step took."""
+
+    def __init__(self, progress: Progress, clock: Callable[[], float]) -> None:
+        self._progress, self._clock = progress, clock
+        self._step, self._began = "", clock()
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        expect(self._progress, steps)
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        self._progress(step, done, total)
+        if step != self._step and done < total:
+            self._step, self._began = step, self._clock()
+        if done >= total:
+            logger.debug("%s: %d of %d, %.1f s", step, done, total, self._clock() - self._began)
+            self._began = self._clock()
 
 
 class _Bars:
@@ -124,9 +155,10 @@ class _Bars:
     def __call__(self, step: str, done: int, total: int) -> None:
         self._pace.note(step, done, total)
         if not self._announced:
-            if step != self._step:
-                self._bars.reset(self._task)
             self._bars.update(self._task, description=step, completed=done, total=total, left=f"{done} of {total}")
+            if self._step not in ("", step):
+                # How much further steps are of the whole is not known, and a bar that begins again would be of none.
+                self._bars.tasks[0].total = None
         elif (estimate := self._pace.estimate()) is None:
             self._bars.update(self._task, description=step)
         else:

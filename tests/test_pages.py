@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from compressor.cli.commands import main_command, subcommands
+from compressor.cli.commands import app
+from compressor.cli.routes import route
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -37,12 +38,8 @@ def commands() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_a_command_has_options_that_exist(page: str, line: str) -> None:
     _, *words = shlex.split(re.sub(r"\|[\w|-]+", "", line))  # the first of alternatives
-    group = typer.main.get_group(subcommands)
-    first, *others = words
-    if first in group.commands:
-        group.commands[first].make_context(f"compress {first}", others)
-    else:
-        typer.main.get_command(main_command).make_context("compress", words)
+    found = route(words)
+    typer.main.get_group(app).commands[found.command].make_context(found.command, list(found.words))
 
 
 @pytest.mark.parametrize(("page", "text"), list(blocks("python")))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from compressor.api.option import described
 from compressor.api.options import VERBS
+from compressor.api.shell_options import OF_COMMANDS, ConfigOptions, MainOptions
 
 if TYPE_CHECKING:
     from compressor.results import Compression
@@ -49,8 +50,8 @@ def _flag(option: re.Match[str]) -> str:
 def _flags() -> Mapping[str, tuple[str, str]]:
     """The flag of each option, and the one that says the opposite."""
     flags = {}
-    for verb in VERBS:
-        for name, option, _ in described(verb):
+    for stated in (*VERBS, *OF_COMMANDS.values(), ConfigOptions, MainOptions):
+        for name, option, _ in described(stated):
             if not option.only_python:
                 flag, _, opposite = option.flag_of(name).partition("/")
                 flags[name] = (flag, opposite or f"no {flag}")

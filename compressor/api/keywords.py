@@ -85,7 +85,7 @@ class InspectKeywords(TypedDict, total=False):
     progress: Progress | None
     device: str | None
     engine: str | None
-    epsilon: float | None
+    epsilon: float | str | None
     bits: int | str | Sequence[int] | None
 
 

@@ -21,7 +21,7 @@ from compressor.arguments import (
     require_kind,
     require_model,
 )
-from compressor.choices import NoData
+from compressor.choices import BuiltinData, NoData
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -286,38 +286,43 @@ def choice(literal: Any) -> Kind:
         return value
 
     words = ", ".join(f'"{each}"' for each in get_args(literal))
-    return Kind(f"Literal[{words}]", read, shell=literal)
+    return Kind(f"Literal[{words}]", read, metavar="|".join(get_args(literal)), words=get_args(literal))
 
 
 def count(least: int, most: int = 2**63 - 1) -> Kind:
-    return Kind("int", partial(as_count, least=least, most=most), shell=int)
+    return Kind("int", partial(as_count, least=least, most=most), metavar="N", shell=int)
 
+
+_BUILT_IN = get_args(BuiltinData)
 
 SWITCH = Kind("bool", _switch, shell=bool, switch=True)
-NUMBER = Kind("float", as_number, shell=float)
+NUMBER = Kind("float", as_number, metavar="X")
 NUMBERS = Kind("float | str | Sequence[float]", as_numbers, metavar="X,X", plain=_joined)
 SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
 RATIO = Kind("float | str", as_ratio, metavar="RATIO")
 COUNTS = Kind("int | str | Sequence[int]", partial(as_counts, least=1), metavar="N,N", plain=_joined)
-WIDTHS = Kind("int | str | Sequence[int]", as_widths, metavar="auto|N,N", plain=_plain_widths)
+WIDTHS = Kind("int | str | Sequence[int]", as_widths, metavar="auto|N,N", plain=_plain_widths, words=("auto",))
 SIZE = Kind("int | str", as_size, metavar="SIZE", plain=_plain_size)
-TEXT = Kind("str", _text)
+TEXT = Kind("str", _text, metavar="NAME")
 PATH = Kind("str | Path", _path, metavar="PATH")
 PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=True)
 MODEL = Kind("ModelLike", _model, metavar="MODEL", plain=_named_model)
 SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL", plain=_named_model)
-DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
-CALIBRATION_DATA = Kind("DataLike", _calibration, metavar="DATA|self|none", plain=_named_data)
+DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data, words=_BUILT_IN)
+CALIBRATION_DATA = Kind(
+    "DataLike", _calibration, metavar="DATA|self|none", plain=_named_data, words=(*get_args(NoData), *_BUILT_IN)
+)
 CALLED = Kind("Callable[..., Any]", _called)
 METRIC = Kind("Callable[[nn.Module, Iterable[Any]], float]", _metric)
-SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)
+SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True, words=_BUILT_IN)
 FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
 PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
 RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
 DEVICE_PROFILE = Kind("DeviceProfile | str", _target_device, metavar="NAME", plain=_named_device)
 SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
-ENGINE = Kind("str", _engine, metavar="processes[:N]|ray[:ADDRESS]")
+DEVICE = Kind("str", _text, metavar="DEVICE", words=("auto", "cpu", "cuda"))
+ENGINE = Kind("str", _engine, metavar="processes[:N]|ray[:ADDRESS]", words=("processes", "ray"))
 PROGRESS = Kind("Progress", _progress)
-INITIAL = Kind("InitialLike", _initial, metavar="SEED|FILE|auto", plain=_plain_initial)
+INITIAL = Kind("InitialLike", _initial, metavar="SEED|FILE|auto", plain=_plain_initial, words=("auto",))
 INITIAL_SOURCE = Kind("InitialSource", _initial_source, metavar="ORIGINAL", plain=_plain_initial)
 EXPLORED = Kind("TrainingRecipe | str | Path", _explored)

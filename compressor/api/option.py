@@ -27,7 +27,7 @@ class Kind:
     `accepts` is what Python callers may pass, as an annotation. `read` checks a value from anywhere, given the name of
     its option, and returns what the verbs use. `shell` is what the command line reads the text as, and `repeated`
     whether a flag may be given several times. A `switch` takes no value. `flags` and `plain` tell how a value that is
-    not a text, number or path stands at a shell and in a file.
+    not a text, number or path stands at a shell and in a file. A shell completes `words`, beside the names of files.
     """
 
     accepts: str
@@ -38,6 +38,7 @@ class Kind:
     switch: bool = False
     flags: Callable[[Any], list[str]] | None = None
     plain: Callable[[Any], Any] | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Option:
     """What a field of an options dataclass says of itself.
 
     `flag` is the one of the command line where it is not the field's name with dashes, `short` its one letter. `panel`
-    is the group that the help shows it in. `default_text` describes a default that is not a value. Some options exist
-    only in Python, `positional` ones are arguments of their own there, and what does not change the result is not in
-    the command that repeats it.
+    is the group that the help shows it in; what has none is among the main options. `default_text` describes a default
+    that is not a value. Some options exist only in Python, `positional` ones are arguments of their own there, and what
+    does not change the result is not in the command that repeats it.
     """
 
     help: str
@@ -120,9 +121,19 @@ def described(cls: type[Any]) -> Iterator[tuple[str, Option, Any]]:
         yield each.name, each.metadata["option"], each.default
 
 
+@dataclass(frozen=True)
+class Example:
+    """A command that works, and what it does, in a few words."""
+
+    command: str
+    does: str
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Options:
     """What the dataclasses of options have in common.
+
+    The help of a command begins with its `main` options and `examples`. A command is `also` looked for by other words.
 
     `given` holds the names of the options that were given. `dataclasses.replace` passes it on with all values, so that
     what is left at its default is not taken for given. Of `alternatives` an option replaces the others that were given
@@ -131,6 +142,9 @@ class Options:
 
     verb: ClassVar[str] = ""
     alternatives: ClassVar[tuple[str, ...]] = ()
+    main: ClassVar[Sequence[str]] = ()
+    examples: ClassVar[Sequence[Example]] = ()
+    also: ClassVar[Sequence[str]] = ()
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __repr__(self) -> str:

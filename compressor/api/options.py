@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressor.api.kinds import (
     CALIBRATION_DATA,
     CALLED,
     COUNTS,
     DATA,
+    DEVICE,
     DEVICE_PROFILE,
     ENGINE,
     EXPLORED,
@@ -46,7 +47,7 @@ from compressor.api.kinds import (
     count,
     settings,
 )
-from compressor.api.option import Options, option, options
+from compressor.api.option import Example, Options, option, options
 from compressor.choices import Effort, ExportTarget, FormRequest, Head, MergeMode, NoData, Preference, Split
 from compressor.errors import BadInput
 
@@ -82,14 +83,17 @@ if TYPE_CHECKING:
     InitialLike = int | InitialSource
     RecipeLike = TrainingRecipe | str | Path | Mapping[str, Any] | Sequence[TrainingRecipe | str | Path]
 
-# The panels of the help.
-BUDGET, SPEED, CALIBRATION, TRAINING, LAYERS, RUNNING = (
+# The groups of the help, in this order; what a command is mostly called with, and what only it has, come before them.
+SOURCE, BUDGET, SPEED, CALIBRATION, LAYERS, TRAINING, RUNNING, OUTPUT, GENERAL = PANELS = (
+    "Model and data",
     "Budget",
     "Speed",
     "Calibration",
-    "Training recipe",
     "Layers",
+    "Training recipe",
     "Running",
+    "Output",
+    "General",
 )
 
 KINDS_OF_DATA = "text, jsonl, csv, npz or safetensors file, image folder, builtin:digits, builtin:stdlib"
@@ -99,7 +103,9 @@ KINDS_OF_DATA = "text, jsonl, csv, npz or safetensors file, image folder, builti
 class HubOptions(Options):
     """Which version of a model of the hub is meant."""
 
-    revision: str | None = option("Branch, tag or commit of a model of the hub.", TEXT, metavar="REVISION")
+    revision: str | None = option(
+        "Branch, tag or commit of a model of the hub.", TEXT, metavar="REVISION", panel=SOURCE
+    )
 
 
 @options
@@ -111,6 +117,7 @@ class ArchitectureOptions(Options):
         "file.py:function.",
         FACTORY,
         flag="--model",
+        panel=SOURCE,
     )
 
 
@@ -149,6 +156,7 @@ class StoredInitialOptions(Options):
         "The initial weights of a model that was compressed to what training added to those of a checkpoint, which it "
         "names. A model that was compressed with a seed needs none.",
         INITIAL_SOURCE,
+        panel=SOURCE,
     )
 
 
@@ -157,7 +165,7 @@ class StoredBaseOptions(Options):
     """The base of a stored difference."""
 
     base: str | Path | None = option(
-        "The model that a fine-tune, stored as what it adds to it, started from.", SAVED_MODEL
+        "The model that a fine-tune, stored as what it adds to it, started from.", SAVED_MODEL, panel=SOURCE
     )
 
 
@@ -189,9 +197,9 @@ class FormOptions(EmbeddingOptions):
 class DataOptions(Options):
     """What the model is measured on."""
 
-    data: DataLike | None = option(f"Measure the cost on this: {KINDS_OF_DATA}.", DATA)
+    data: DataLike | None = option(f"Measure the cost on this: {KINDS_OF_DATA}.", DATA, panel=SOURCE)
     data_samples: int | None = option(
-        "Examples, or windows of text, to measure on, evenly spaced.", count(1), default_text="all"
+        "Examples, or windows of text, to measure on, evenly spaced.", count(1), default_text="all", panel=SOURCE
     )
     tokenizer: Callable[..., Any] | None = option(
         "What makes tokens of texts, for a loaded module or instead of the folder's own: called as those of "
@@ -257,7 +265,7 @@ class RunOptions(ProgressOptions):
 
     device: str = option(
         "auto, cpu, cuda or cuda:N, or another accelerator by its name in PyTorch, such as xpu.",
-        TEXT,
+        DEVICE,
         "auto",
         panel=RUNNING,
         repeatable=False,
@@ -299,7 +307,11 @@ class OverwriteOptions(Options):
     """Whether outputs are replaced."""
 
     overwrite: bool = option(
-        "Replace outputs that exist: files, and model folders that hold nothing else.", SWITCH, False, repeatable=False
+        "Replace outputs that exist: files, and model folders that hold nothing else.",
+        SWITCH,
+        False,
+        panel=OUTPUT,
+        repeatable=False,
     )
 
 
@@ -308,9 +320,14 @@ class OutputOptions(OverwriteOptions):
     """Where the model is written."""
 
     output: Path | None = option(
-        "File or folder to write.", PATH, short="-o", default_text="a name beside the model", repeatable=False
+        "File or folder to write.",
+        PATH,
+        short="-o",
+        default_text="a name beside the model",
+        panel=OUTPUT,
+        repeatable=False,
     )
-    max_shard_size: int = option("Largest weight file of an output.", SIZE, "5GB", panel=RUNNING)
+    max_shard_size: int = option("Largest weight file of an output.", SIZE, "5GB", panel=OUTPUT)
 
 
 @options
@@ -331,8 +348,8 @@ class BudgetOptions(RankOptions):
     """How much is removed: one of them, or a size with `max_latency`, and beside either of these a `max_drop`."""
 
     keep: float | None = option(
-        "Fraction of the eligible layers' size in 16 bits to keep, such as 0.6 or 60%; of layers that are low-rank "
-        "already, of what they store.",
+        "Share of the size to keep, such as 0.6 or 60%. The size is that of the eligible layers in 16 bits; of layers "
+        "that are low-rank already, it is what they store.",
         SHARE,
         panel=BUDGET,
     )
@@ -508,6 +525,7 @@ class BaseOptions(Options):
         "adapter, and with `bits` a file. Of an adapter its base, on which `calibration` or `max_drop` measures.",
         MODEL,
         metavar="ORIGINAL",
+        panel=SOURCE,
     )
 
 
@@ -531,6 +549,11 @@ class PlanOptions(
     """What can be asked of `plan`."""
 
     verb = "plan"
+    main: ClassVar[Sequence[str]] = ("keep", "max_size", "max_drop", "calibration", "data")
+    examples: ClassVar[Sequence[Example]] = (
+        Example("plan model/ --keep 0.6 -o plan.json", "ranks for 60 % of the size, to edit"),
+        Example("model/ --plan plan.json -o small/", "apply the edited file"),
+    )
     alternatives = ("keep", "max_size", "max_latency", "max_drop", "tolerance", "plan", "rank", "energy")
 
     if TYPE_CHECKING:
@@ -642,6 +665,13 @@ class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
     """What can be asked of `compress`."""
 
     verb = "compress"
+    main: ClassVar[Sequence[str]] = (*PlanOptions.main, "output")
+    examples: ClassVar[Sequence[Example]] = (
+        Example("model/ --keep 60% -o small/", "60 % of the size"),
+        Example("model/ --keep 30% --calibration texts.txt", "far smaller: chosen by the loss on some texts"),
+        Example("model/ --max-drop 0.5 --data texts.txt", "the smallest with a perplexity at most 0.5 higher"),
+        Example("weights.pt --max-size 1MB", "the weights of any network"),
+    )
 
     if TYPE_CHECKING:
 
@@ -658,9 +688,10 @@ class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
         "replaced only with `overwrite`.",
         TEXT,
         metavar="ORG/NAME",
+        panel=OUTPUT,
         repeatable=False,
     )
-    dry_run: bool = option("Say what would be done; write no model.", SWITCH, False, repeatable=False)
+    dry_run: bool = option("Say what would be done; write no model.", SWITCH, False, panel=OUTPUT, repeatable=False)
 
     def check(self) -> None:
         super().check()
@@ -695,12 +726,19 @@ class InspectOptions(
     """What can be asked of `inspect`."""
 
     verb = "inspect"
+    also: ClassVar[Sequence[str]] = ("list", "list-layers", "layers", "info", "show", "ranks", "summary")
+    examples: ClassVar[Sequence[Example]] = (
+        Example("inspect model/", "how low the rank of each layer is"),
+        Example(
+            "inspect weights.pt --lr 0.1 --weight-decay 0.01 --optimizer sgd", "and what training left of its start"
+        ),
+    )
 
     if TYPE_CHECKING:
 
         def __init__(self, **given: Unpack[InspectKeywords]) -> None: ...
 
-    epsilon: float = option("Relative residual at which the memory window ends.", NUMBER, 0.1)
+    epsilon: float = option("Relative residual at which the memory window ends, such as 0.1 or 10%.", SHARE, 0.1)
     bits: tuple[int, ...] | None = option(
         "Measure what each layer loses in so many bits too: 8, 4, or several such as 8,4; auto: any from 2 to 8.",
         WIDTHS,
@@ -719,6 +757,11 @@ class EvaluateOptions(
     """What can be asked of `evaluate`."""
 
     verb = "evaluate"
+    also: ClassVar[Sequence[str]] = ("eval", "measure", "benchmark", "compare", "test")
+    main: ClassVar[Sequence[str]] = ("data", "baseline")
+    examples: ClassVar[Sequence[Example]] = (
+        Example("evaluate small/ --baseline model/ --data texts.txt", "quality, size, and time of both"),
+    )
 
     if TYPE_CHECKING:
 
@@ -737,6 +780,11 @@ class ArchiveOptions(ProgressOptions, OverwriteOptions, ArchitectureOptions, Ini
     """What can be asked of `archive`."""
 
     verb = "archive"
+    main: ClassVar[Sequence[str]] = ("output", "tolerance")
+    examples: ClassVar[Sequence[Example]] = (
+        Example("archive run/checkpoint-* -o archive/", "the checkpoints of a run, as changes"),
+        Example("restore archive/ --checkpoint checkpoint-20 -o old.safetensors", "one of them again"),
+    )
 
     if TYPE_CHECKING:
 
@@ -760,6 +808,11 @@ class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Store
     """What can be asked of `restore`."""
 
     verb = "restore"
+    also: ClassVar[Sequence[str]] = ("decompress", "expand", "unpack", "extract")
+    main: ClassVar[Sequence[str]] = ("output",)
+    examples: ClassVar[Sequence[Example]] = (
+        Example("restore small/ -o dense/", "a checkpoint that the original code loads"),
+    )
 
     if TYPE_CHECKING:
 
@@ -775,6 +828,11 @@ class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Stored
     """What can be asked of `export`."""
 
     verb = "export"
+    also: ClassVar[Sequence[str]] = ("convert", "save")
+    main: ClassVar[Sequence[str]] = ("to", "output")
+    examples: ClassVar[Sequence[Example]] = (
+        Example("export small/ --to hf-remote -o served/", "for transformers, without this package"),
+    )
 
     if TYPE_CHECKING:
 
@@ -794,6 +852,10 @@ class DiagnoseOptions(RunOptions, LayerOptions, ArchitectureOptions, InitialOpti
     """What can be asked of `diagnose`."""
 
     verb = "diagnose"
+    examples: ClassVar[Sequence[Example]] = (
+        Example("diagnose model/ --data texts.txt", "its weights beside the gradient of the loss"),
+        Example("diagnose run/checkpoint-30 --series run -o ranks.svg", "how ranks evolved in a run"),
+    )
 
     if TYPE_CHECKING:
 
@@ -814,6 +876,10 @@ class ExploreOptions(ProgressOptions, OverwriteOptions):
     """What can be asked of `explore`."""
 
     verb = "explore"
+    main: ClassVar[Sequence[str]] = ("output",)
+    examples: ClassVar[Sequence[Example]] = (
+        Example("explore --recipe model/ -o page.html", "a page that opens on a model's training"),
+    )
 
     if TYPE_CHECKING:
 
@@ -832,6 +898,11 @@ class MergeOptions(RankOptions, RunOptions, OutputOptions, ArchitectureOptions):
     """What can be asked of `merge`."""
 
     verb = "merge"
+    also: ClassVar[Sequence[str]] = ("combine", "add")
+    main: ClassVar[Sequence[str]] = ("output",)
+    examples: ClassVar[Sequence[Example]] = (
+        Example("merge a.safetensors b.safetensors --mode concat -o both.safetensors", "two networks side by side"),
+    )
 
     if TYPE_CHECKING:
 

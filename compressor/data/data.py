@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from compressor.choices import Split
+from compressor.choices import BuiltinData, Split
 from compressor.data.batches import IGNORED_LABEL, Batch, NotUnderstood, as_batch
 from compressor.data.builtin_data import digits, standard_library_files
 from compressor.data.images import channels_of, channels_wanted, preprocess, read_images, scale, wants_size
@@ -47,7 +47,7 @@ Task = Literal[
 # Batches of several groups of positions, one after another.
 ReadAll = Callable[[Sequence[Sequence[int]]], Iterator[Batch]]
 
-BUILTINS = ("builtin:digits", "builtin:stdlib")
+BUILTINS = get_args(BuiltinData)
 TOKENS = {"input_ids", "attention_mask"}
 NO_LABELS = torch.empty(0, dtype=torch.int64)
 

@@ -29,6 +29,7 @@ from compressor.network.layers import (
     in_natural_order,
     is_weight,
     layer_name,
+    matches_any,
     own_state,
 )
 from compressor.network.ties import tied_names, with_ties
@@ -50,6 +51,7 @@ __all__ = [
     "is_weight",
     "join_embeddings",
     "layer_name",
+    "matches_any",
     "module_architecture",
     "only_scales",
     "own_state",

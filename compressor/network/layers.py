@@ -604,6 +604,11 @@ def _select(layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[s
     return tuple(selected)
 
 
+def matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Whether the name of a layer matches one of the patterns: globs, or regular expressions after `re:`."""
+    return any(_matches(pattern, name) for pattern in patterns)
+
+
 def _matches(pattern: str, name: str) -> bool:
     if not pattern.startswith("re:"):
         return fnmatchcase(name, pattern)

@@ -1,9 +1,8 @@
-"""Results about adapters as pages: a row for each module, or for each kind of module where there are many."""
+"""Results about adapters as pages, with a row for each module."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compressor.adapters import AdapterInspection, InspectedModule, ModulePlan
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from compressor.planning import Budget
     from compressor.results import AdapterChange, Compression, Inspection, Merging
 
-MOST_ROWS = 40
 DIALECTS = {"peft": "PEFT", "kohya": "kohya's scripts", "diffusers": "diffusers"}
 
 
@@ -84,37 +82,20 @@ def adapter_inspection_page(inspection: Inspection, adapter: AdapterInspection) 
 
 def _inspected(modules: Sequence[InspectedModule]) -> LayerTable:
     numbers = ("rank", "90 %", "99 %", "effective", "scale", "norm")
-    if len(modules) <= MOST_ROWS:
-        rows = [
-            (
-                one_line(each.name),
-                format_shape(each.shape),
-                str(each.rank),
-                str(each.energy_90),
-                str(each.energy_99),
-                f"{each.entropy:.1f}",
-                f"{each.scale:.3g}",
-                f"{each.norm:.3g}",
-            )
-            for each in modules
-        ]
-        return LayerTable(("module", "shape", *numbers), tuple(rows))
-    summed = []
-    for kind, places in _grouped_by_kind([each.name for each in modules]):
-        own = [modules[at] for at in places]
-        summed.append(
-            (
-                one_line(kind),
-                str(len(own)),
-                _spread([each.rank for each in own]),
-                _spread([each.energy_90 for each in own]),
-                _spread([each.energy_99 for each in own]),
-                _spread([each.entropy for each in own], 1),
-                f"{sum(each.norm**2 for each in own) ** 0.5:.3g}",
-            )
+    rows = [
+        (
+            one_line(each.name),
+            format_shape(each.shape),
+            str(each.rank),
+            str(each.energy_90),
+            str(each.energy_99),
+            f"{each.entropy:.1f}",
+            f"{each.scale:.3g}",
+            f"{each.norm:.3g}",
         )
-    headers = ("kind of module", "modules", *(name for name in numbers if name != "scale"))
-    return LayerTable(headers, tuple(summed))
+        for each in modules
+    ]
+    return LayerTable(("module", "shape", *numbers), tuple(rows))
 
 
 def _budget_words(budget: Budget) -> str:
@@ -130,52 +111,17 @@ def _words(adapter: AdapterChange) -> str:
     return f"in the names of {DIALECTS[adapter.dialect]}: {adapter.modules:,} modules, {adapter.resized:,} resized"
 
 
-def _kind_of_module(name: str) -> str:
-    """What a module is called below the blocks that it is in, which are numbered: `layers.3`, `block.3`, `h.3`."""
-    return re.fullmatch(r"(?:.*(?:^|[._])(?:\w*s|block|layer|h)[._]\d+[._])?(.+)", name)[1]  # type: ignore[index]
-
-
-def _grouped_by_kind(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-    """The kinds of some modules, with the places of theirs."""
-    kinds = dict[str, list[int]]()
-    for at, name in enumerate(names):
-        kinds.setdefault(_kind_of_module(name), []).append(at)
-    yield from sorted(kinds.items())
-
-
-def _spread(values: Sequence[float], digits: int = 0) -> str:
-    """The smallest and the largest of some numbers, in one word where they are equal."""
-    low, high = (f"{each:.{digits}f}" for each in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
 def _ranks(modules: Sequence[ModulePlan]) -> LayerTable:
-    if len(modules) <= MOST_ROWS:
-        headers = ("module", "shape", "rank\nbefore", "rank", "kept", "relative\nerror")
-        rows = [
-            (
-                one_line(each.name),
-                format_shape(each.shape),
-                str(each.rank_before),
-                str(each.rank),
-                format_percent(each.parameters, each.parameters_before),
-                error_words(each.error, 3),
-            )
-            for each in modules
-        ]
-        return LayerTable(headers, tuple(rows))
-    headers = ("kind of module", "modules", "rank\nbefore", "rank", "kept", "largest\nerror")
-    rows = []
-    for kind, places in _grouped_by_kind([each.name for each in modules]):
-        own = [modules[at] for at in places]
-        rows.append(
-            (
-                one_line(kind),
-                str(len(own)),
-                _spread([each.rank_before for each in own]),
-                _spread([each.rank or 0 for each in own]),
-                format_percent(sum(each.parameters for each in own), sum(each.parameters_before for each in own)),
-                error_words(max(each.error for each in own), 3),
-            )
+    headers = ("module", "shape", "rank\nbefore", "rank", "kept", "relative\nerror")
+    rows = [
+        (
+            one_line(each.name),
+            format_shape(each.shape),
+            str(each.rank_before),
+            str(each.rank),
+            format_percent(each.parameters, each.parameters_before),
+            error_words(each.error, 3),
         )
+        for each in modules
+    ]
     return LayerTable(headers, tuple(rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -15,6 +14,8 @@ from rich.text import Text
 
 from compressor.evaluation import Remark
 from compressor.formatting import one_line
+from compressor.network import matches_any
+from compressor.report.table_rows import rows_by_kind, rows_of_experts_together
 from compressor.report.wording import shortened_apart
 
 NARROWEST_NAME = 8
@@ -86,6 +87,18 @@ class Page:
 
     def reworded(self, change: Callable[[str], str]) -> Self:
         return replace(self, blocks=tuple(block.reworded(change) for block in self.blocks))
+
+    def listing(self, layers: Sequence[str], hint: str) -> Page:
+        """The page with these layers in its tables, by patterns or `all`; the `hint` says how to have them listed."""
+        return replace(
+            self,
+            blocks=tuple(
+                replace(block, listed=tuple(layers), hint=hint)
+                if isinstance(block, LayerTable) and block.of_layers
+                else block
+                for block in self.blocks
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -180,56 +193,59 @@ def _is_path(label: str) -> bool:
     return label.rstrip(" 0123456789") in PATHS
 
 
-# The number of an expert in the name of one of its layers.
-_EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..+)", re.DOTALL)
-_NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?)(.*)", re.DOTALL)
-
-
-def rows_of_experts_together(rows: Sequence[tuple[str, ...]], *, most: int = 8) -> tuple[tuple[str, ...], ...]:
-    """Rows of layers by name, those of more than `most` experts that do the same in a block as one, at the first."""
-    groups: dict[str, list[tuple[str, ...]]] = {}
-    for row in rows:
-        found = _EXPERT.fullmatch(row[0])
-        groups.setdefault(row[0] if found is None else f"{found[1]}*{found[3]}", []).append(row)
-    shown: list[tuple[str, ...]] = []
-    for group in groups.values():
-        numbers = [int(found[2]) for row in group if (found := _EXPERT.fullmatch(row[0])) is not None]
-        if len(numbers) <= most:
-            shown += group
-            continue
-        name = _EXPERT.sub(rf"\g<1>{min(numbers)}-{max(numbers)}\g<3>", group[0][0])
-        shown.append((name, *(_range(cells) for cells in list(zip(*group, strict=True))[1:])))
-    return tuple(shown)
-
-
-def _range(cells: Sequence[str]) -> str:
-    """What is in several cells: the smallest and the largest number, or the different words."""
-    different = list(dict.fromkeys(cells))
-    if len(different) == 1:
-        return different[0]
-    found = [match for cell in different if (match := _NUMBER.fullmatch(cell)) is not None]
-    if len(found) == len(different) and len({match[2] for match in found}) == 1:
-        ordered = sorted((match[1] for match in found), key=lambda number: float(number.replace(",", "")))
-        return f"{ordered[0]}-{ordered[-1]}{found[0][2]}"
-    return ", ".join(different[:3]) + (", ..." if len(different) > 3 else "")
-
-
 @dataclass(frozen=True)
 class LayerTable:
     """A row per layer: its name, shortened where a terminal's window is narrow, and its numbers.
 
-    Layers that do the same in many experts of a block are one row, with the range of their numbers.
+    Layers that do the same in many experts of a block are one row, with the range of their numbers. In a terminal or as
+    text so are layers of one kind, where there are more than `most` rows. Where layers are `listed`, by patterns or
+    `all`, each of these has a row.
     """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    listed: tuple[str, ...] = ()
+    hint: str = ""
+    most: int = 40
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether the rows are layers, and not sizes or checkpoints."""
+        return self.headers[0] in ("layer", "module")
 
     @property
     def shown(self) -> tuple[tuple[str, ...], ...]:
         """The rows as they are shown."""
-        return rows_of_experts_together(self.rows)
+        if not self.listed:
+            return rows_of_experts_together(self.rows)
+        return (
+            self.rows if "all" in self.listed else tuple(row for row in self.rows if matches_any(self.listed, row[0]))
+        )
+
+    @property
+    def _short(self) -> LayerTable:
+        """The table with a row for each kind of layer, where there are many."""
+        rows = self.shown
+        if not self.of_layers or self.listed or len(rows) <= self.most:
+            return self
+        kinds = rows_by_kind(rows, most=self.most)
+        first, *others = self.headers
+        return replace(self, headers=(first, "layers", *others), rows=kinds, most=len(kinds))
+
+    @property
+    def _note(self) -> str:
+        """What the rows are of, where they are not all."""
+        if self.listed and not self.shown:
+            return f"no layer here is called {' or '.join(self.listed)}"
+        if not self.of_layers or self.listed or len(self.shown) <= self.most:
+            return ""
+        return f"{len(self.rows)} layers, a row for each kind" + (f"; {self.hint}" if self.hint else "")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if (short := self._short) is not self:
+            yield from short.__rich_console__(console, options)
+            yield Text(self._note, style="dim")
+            return
         columns = list(zip(*(header.split("\n") for header in self._padded_headers()), strict=True))
         rows = self.shown
         cells = [*columns, *rows]
@@ -244,6 +260,8 @@ class LayerTable:
         for name, (_, *numbers) in zip(names, rows, strict=True):
             line = _aligned((name, *numbers), widths)
             yield Text(line, no_wrap=True, overflow="ignore")
+        if self._note:
+            yield Text(self._note, style="dim")
 
     def _padded_headers(self) -> Iterator[str]:
         """Headers of the same number of lines, the last ones at the bottom."""

@@ -20,7 +20,7 @@ from compressor.api.kinds import TRAINING_FLAGS
 from compressor.api.option import Options, described, verb
 from compressor.api.options import VERBS, CompressOptions, EvaluateOptions, InspectOptions, MergeOptions, PlanOptions
 from compressor.api.reference import keywords_source, reference_page
-from compressor.cli.commands import main_command, subcommands
+from compressor.cli.commands import app
 from compressor.errors import BadInput
 from compressor.recipe import TrainingRecipe
 
@@ -216,7 +216,7 @@ def test_a_base_is_named_without_its_folder_and_one_of_the_hub_in_full(tmp_path:
 def test_each_option_of_each_verb_has_one_flag_and_help_at_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 
-    commands = {"compress": typer.main.get_command(main_command), **typer.main.get_command(subcommands).commands}
+    commands = typer.main.get_group(app).commands
     for of in VERBS:
         shown = {parameter.name: parameter for parameter in commands[of.verb].params}
         for name, option, _ in described(of):

@@ -17,7 +17,8 @@ import pytest
 
 import compressor
 from compressor.api.kinds import TRAINING_FLAGS
-from compressor.cli.run import SUBCOMMANDS, run
+from compressor.cli.routes import BESIDE
+from compressor.cli.run import run
 from compressor.errors import BadInput, CompressorError, QualityGateNotMet
 from compressor.io import open_checkpoint
 from tests.warm import Warm
@@ -115,15 +116,13 @@ def test_the_traceback_of_an_unexpected_error_is_shown_on_request(
         raise ZeroDivisionError
 
     monkeypatch.setattr(compressor, "restore", fail)
-    monkeypatch.setenv("COMPRESSOR_DEBUG", "1")
-    assert run(["restore", "m.bin"]) == 1
+    assert run(["restore", "m.bin", "--verbose"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["--no-such-option", "m.bin"],
         ["m.bin", "n.bin"],
         ["m.bin", "--keep", "much"],
@@ -411,19 +410,19 @@ def test_quiet_leaves_standard_error_empty(model: Path, capsys: Captured) -> Non
 def test_help_lists_options_commands_and_exit_statuses(capsys: Captured) -> None:
     assert run(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for command in SUBCOMMANDS:
-        assert f"compress {command} " in text
+    for command in BESIDE:
+        assert f" {command} " in text
     options = (
         "-o --output --keep --max-size --max-drop --tolerance --plan --recipe --data --model --include --exclude "
         "--form --max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
     )
     for option in [*options.split(), *(flag for _, flag, _ in TRAINING_FLAGS.values())]:
-        assert f"{option} " in text
+        assert re.search(f"{option}[ ,]", text)
     for status in ("0 done", "1 failed", "2 the request", "3 a quality gate", "130 interrupted"):
         assert status in text
 
 
-@pytest.mark.parametrize("command", sorted(SUBCOMMANDS))
+@pytest.mark.parametrize("command", BESIDE)
 def test_every_command_has_a_help_of_its_own(command: str, capsys: Captured) -> None:
     assert run([command, "--help"]) == 0
     assert f"compress {command}" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 
 import compressor
 from compressor import BadInput
+from compressor.api.shell_options import ShownOptions
 from compressor.cli.run import run
 from compressor.cli.terminal import shown_progress
 
@@ -32,6 +33,6 @@ def test_a_size_that_cannot_be_reached_is_refused_in_both_words(
 
 
 def test_warnings_in_the_log_have_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with shown_progress(quiet=True):
+    with shown_progress(ShownOptions(quiet=True)):
         logging.getLogger("compressor").warning("more than `max_drop` %g", 0.5)
     assert capsys.readouterr().err == "warning: more than --max-drop 0.5\n"

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.api.shell_options import ShownOptions
 from compressor.cli import terminal
 from compressor.cli.terminal import ProgressLines, document_text, shown_progress, write_rendered
 from compressor.progress import Step
@@ -95,7 +96,7 @@ def test_a_silent_minute_is_broken_even_without_a_tenth_more() -> None:
 def test_logs_of_the_package_go_to_standard_error_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("compressor.recipe.find")
     before = list(logging.getLogger("compressor").handlers)
-    with shown_progress(quiet=True) as progress:
+    with shown_progress(ShownOptions(quiet=True)) as progress:
         logger.info("not this")
         logger.warning("left out:\x1b[2J\nthe card " + "x" * 200)
     assert progress is None
@@ -151,7 +152,7 @@ def test_something_is_shown_before_the_libraries_are_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch")
-    with shown_progress(quiet=False):
+    with shown_progress(ShownOptions()):
         assert capsys.readouterr().err == "loading the libraries\n"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compressor.report.blocks import LayerTable, rows_of_experts_together
+from compressor.report.blocks import LayerTable
+from compressor.report.table_rows import rows_of_experts_together
 
 
 def rows(experts: int) -> list[tuple[str, ...]]:
