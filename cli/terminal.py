@@ -162,7 +162,7 @@ class _Bars:
         elif (estimate := self._pace.estimate()) is None:
             self._bars.update(self._task, description=step)
         else:
-            left = f"{estimate.share:.0%}, {_left(estimate)}"
+            left = f"{estimate.share:.0%}, {_left(estimate)}".removesuffix(" in all")
             self._bars.update(self._task, description=step, completed=estimate.share, total=1.0, left=left)
         self._step = step
 

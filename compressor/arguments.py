@@ -47,6 +47,17 @@ def as_number(value: object, option: str, *, percent: bool = False) -> float | N
         ) from None
 
 
+class Percent(float):
+    """A share that was written in percent."""
+
+
+def as_drop(value: object, option: str) -> float | None:
+    """A drop in a metric as a number; one in percent, which can only be of accuracy, remembers that."""
+    number = as_number(value, option, percent=True)
+    in_percent = isinstance(value, Percent) or (isinstance(value, str) and value.strip().endswith("%"))
+    return Percent(number) if in_percent and number is not None else number
+
+
 def as_numbers(value: object, option: str) -> tuple[float, ...]:
     """Finite numbers: one, several, or text such as 0.7,0.3."""
     parts = value.split(",") if isinstance(value, str) else value

@@ -29,7 +29,7 @@ class CompressKeywords(TypedDict, total=False):
     keep: float | str | None
     max_size: int | str | None
     max_latency: float | str | None
-    max_drop: float | None
+    max_drop: float | str | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
     bits: int | str | Sequence[int] | None
@@ -99,7 +99,7 @@ class PlanKeywords(TypedDict, total=False):
     keep: float | str | None
     max_size: int | str | None
     max_latency: float | str | None
-    max_drop: float | None
+    max_drop: float | str | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
     bits: int | str | Sequence[int] | None
@@ -217,7 +217,7 @@ class MergeKeywords(TypedDict, total=False):
     base: str | Path | None
     data: Sequence[DataLike] | None
     data_samples: int | None
-    max_drop: float | None
+    max_drop: float | str | None
 
 
 class ArchiveKeywords(TypedDict, total=False):

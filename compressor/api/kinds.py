@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from compressor.api.option import Kind
 from compressor.arguments import (
+    Percent,
     as_count,
     as_counts,
+    as_drop,
     as_number,
     as_numbers,
     as_patterns,
@@ -134,6 +136,10 @@ def _plain_size(value: int) -> str | int:
         if value % size == 0:
             return f"{value // size}{unit}"
     return value
+
+
+def _plain_drop(value: float) -> float | str:
+    return f"{100 * value:.10g}%" if isinstance(value, Percent) else value
 
 
 def _plan(value: Any, name: str) -> Any:
@@ -299,6 +305,7 @@ SWITCH = Kind("bool", _switch, shell=bool, switch=True)
 NUMBER = Kind("float", as_number, metavar="X")
 NUMBERS = Kind("float | str | Sequence[float]", as_numbers, metavar="X,X", plain=_joined)
 SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
+DROP = Kind("float | str", as_drop, metavar="X", plain=_plain_drop)
 RATIO = Kind("float | str", as_ratio, metavar="RATIO")
 COUNTS = Kind("int | str | Sequence[int]", partial(as_counts, least=1), metavar="N,N", plain=_joined)
 WIDTHS = Kind("int | str | Sequence[int]", as_widths, metavar="auto|N,N", plain=_plain_widths, words=("auto",))

@@ -20,6 +20,7 @@ from compressor.api.kinds import (
     DATA,
     DEVICE,
     DEVICE_PROFILE,
+    DROP,
     ENGINE,
     EXPLORED,
     FACTORY,
@@ -27,7 +28,6 @@ from compressor.api.kinds import (
     INITIAL_SOURCE,
     METRIC,
     MODEL,
-    NUMBER,
     NUMBERS,
     PATH,
     PATTERNS,
@@ -361,10 +361,11 @@ class BudgetOptions(RankOptions):
         panel=BUDGET,
     )
     max_drop: float | None = option(
-        "The smallest model that is at most this much worse on `data`: accuracy as a fraction (0.01 is one point), or "
-        "increase in perplexity. One standard error is added to a measured drop. Factors are refined for the last "
-        "candidates only. With `keep`, `max_size` or `max_latency`, what these give is refused where it is worse.",
-        NUMBER,
+        "The smallest model that is at most this much worse on `data`: in accuracy, where 0.01 or 1% is one point, or "
+        "in perplexity, where 0.5 is an increase by so much. One standard error is added to a measured drop. Factors "
+        "are refined for the last candidates only. With `keep`, `max_size` or `max_latency`, what these give is "
+        "refused where it is worse.",
+        DROP,
         panel=BUDGET,
     )
     tolerance: float | None = option("Relative error per layer, such as 0.05 or 5%.", SHARE, panel=BUDGET)
@@ -935,7 +936,7 @@ class MergeOptions(RankOptions, RunOptions, OutputOptions, ArchitectureOptions):
         "Examples, or windows of text, to measure on, evenly spaced.", count(1), default_text="all"
     )
     max_drop: float | None = option(
-        "Write nothing if a task loses more: a fraction of accuracy, or an increase in perplexity.", NUMBER
+        "Write nothing if a task loses more: in accuracy, where 0.01 or 1% is one point, or in perplexity.", DROP
     )
 
     @property

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 '''
 
 
-IN_PYTHON = "In Python these are keyword arguments, and attributes of the verb's options, such as `CompressOptions`."
+IN_PYTHON = "In Python these are keyword arguments, and attributes of a verb's options, such as `CompressOptions`."
 AT_A_SHELL = (
-    "Each command also takes these, which are mostly about what it prints. `-q`, `-v`, `--json`, and `--help` may stand",
+    "Each command also takes these, which are mostly about what it prints. `-q`, `-v`, `--json`, and `-h` may stand",
     "before the command too.",
 )
 
@@ -78,9 +78,14 @@ def reference_page() -> str:
 def _shell_rows() -> Iterator[str]:
     """The options that no verb has in Python, each once, with the commands that take it."""
     taken: dict[str, list[str]] = {}
-    stated = {of: [MainOptions] if of is CompressOptions else [] for of in VERBS}
-    for of, its_own in stated.items():
-        for each in (ConfigOptions, OF_COMMANDS[of], *its_own):
+    for of in VERBS:
+        of_main = [MainOptions] if of is CompressOptions else []
+        its_own: list[type[Options]] = [ConfigOptions, OF_COMMANDS[of], *of_main]
+            ConfigOptions,
+            OF_COMMANDS[of],
+            *([MainOptions] if of is CompressOptions else []),
+        ]
+        for each in its_own:
             for name, option, _ in described(each):
                 flags = ", ".join(f"`{flag}`" for flag in (option.short, option.flag_of(name)) if flag)
                 help_text = with_flags(option.help).replace("|", "\\|")

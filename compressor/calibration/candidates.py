@@ -162,7 +162,7 @@ class Search:
             try:
                 tried = sorted([*tried, *self._halfway(tried[0]).tried(budget)], key=_loss)
             except BadInput as error:  # the candidates so far remain the best
-                logger.info("no recalibration: %s", error)
+                logger.debug("no recalibration: %s", error)
         settings = self.calibration.settings
         solved = [
             replace(self, calibration=each.calibration)._compensated(each)
@@ -197,12 +197,12 @@ class Search:
         if end_to_end and found.quantizes:
             name = f"{found.calibration.name}/refined end to end/{_name(found.layers)}"
             fitted = self._solved(found, refine_end_to_end(found.calibration, found.solved, name), name)
-            logger.info("refined end to end: %.5f instead of %.5f", fitted.loss, found.loss)
+            logger.debug("refined end to end: %.5f instead of %.5f", fitted.loss, found.loss)
             if fitted.loss < found.loss:
                 return replace(fitted, refined=True)
         name = f"{found.calibration.name}/refined/{_name(found.layers)}"
         refined = self._solved(found, refine(found.calibration, found.solved, name), name)
-        logger.info("refined: %.5f instead of %.5f", refined.loss, found.loss)
+        logger.debug("refined: %.5f instead of %.5f", refined.loss, found.loss)
         return min(found, replace(refined, refined=True), key=_loss)
 
     def tried(self, budget: Budget) -> list[Candidate]:
@@ -287,7 +287,7 @@ class Search:
             name = f"{self.calibration.name}/compensated/{_name(found.layers)}"
             compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)
             allocation = f"{found.exponent}, capped" if found.menu.capped else f"{found.exponent}"
-            logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
+            logger.debug("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
             if compensated.loss < found.loss:
                 return compensated
         solution = found.solution or uncompensated(self.calibration, found.layers)

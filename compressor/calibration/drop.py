@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from compressor.arguments import Percent
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_unrefined
 from compressor.calibration.sent_plans import CalibratedRequest, SentPlan
@@ -457,7 +458,12 @@ def require_possible_drop(limit: float, data: EvaluationData) -> None:
         one, more = ("one batch", "ten") if data.batches else ("one example", "a hundred")
         what = f"{one} cannot say how sure a measured drop is"
         raise BadInput(what, where=data.name, remedy=f"give more, {more} or so")
-    if data.metric is None and data.task != "language-modeling" and limit > 1:
+    of_accuracy = data.metric is None and data.task != "language-modeling"
+    if isinstance(limit, Percent) and not of_accuracy:
+        measured = "a metric of your own" if data.metric is not None else "perplexity"
+        what = f"`max_drop` {100 * limit:g}% is of accuracy, and {data.name} is measured in {measured}"
+        raise BadInput(what, option="max_drop", remedy="give it in that unit, such as 0.5")
+    if of_accuracy and limit > 1:
         raise BadInput(
             f"`max_drop` {limit:g} is out of range: the accuracy on {data.name} is a fraction",
             option="max_drop",

@@ -48,7 +48,7 @@ def prepared(
     segments, head = Segments(), _head_without(layers, model, first)
     if settings.by_segment:
         segments = replace(find_segments(model, layers, first), head=head)
-    logger.info("calibration runs the model in %d segments", segments.count)
+    logger.debug("calibration runs the model in %d segments", segments.count)
     cache = ActivationCache(run.device, run.journal.part("calibration"), run.calibrated)
     classes = outputs.shape[-1]
     whole = any(layer.kind in ("embedding", "parameter") for layer in layers)

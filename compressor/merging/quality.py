@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.arguments import Percent
 from compressor.data import EvaluationData, Sample, open_data
+from compressor.errors import BadInput
 from compressor.evaluation import measure_quality, quality_drop
 from compressor.merging.combination import Combination
 from compressor.merging.overlap import output_change
@@ -113,6 +115,12 @@ def lost_too_much(tasks: Sequence[TaskQuality], max_drop: float | None) -> str |
     """Which task loses most, in words, if it loses more than is allowed."""
     if max_drop is None:
         return None
+    of_another = next((task for task in tasks if task.metric != "accuracy"), None)
+    if isinstance(max_drop, Percent) and of_another is not None:
+        what = (
+            f"`max_drop` {100 * max_drop:g}% is of accuracy, and {of_another.data} is measured in {of_another.metric}"
+        )
+        raise BadInput(what, option="max_drop", remedy="give it in that unit, such as 0.5")
     worst = max(tasks, key=lambda task: task.drop)
     if worst.drop <= max_drop:
         return None

@@ -20,6 +20,7 @@ from compressor.api.kinds import TRAINING_FLAGS
 from compressor.api.option import Options, described, verb
 from compressor.api.options import VERBS, CompressOptions, EvaluateOptions, InspectOptions, MergeOptions, PlanOptions
 from compressor.api.reference import keywords_source, reference_page
+from compressor.arguments import Percent
 from compressor.cli.commands import app
 from compressor.errors import BadInput
 from compressor.recipe import TrainingRecipe
@@ -372,3 +373,14 @@ def test_one_width_alone_is_a_budget_that_may_be_calibrated_for() -> None:
 def test_widths_contradict_a_plan() -> None:
     with pytest.raises(BadInput, match="bits"):
         CompressOptions(bits=4, plan="plan.json")
+
+
+@pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.01", 0.01), (0.01, 0.01), ("2.5 %", 0.025)])
+def test_a_drop_may_be_in_percent_and_stays_so(text: str | float, value: float) -> None:
+    asked = CompressOptions(max_drop=text, data="builtin:digits")
+    assert asked.max_drop == pytest.approx(value)
+    in_percent = str(text).endswith("%")
+    assert ("%" in asked.command("m")) == in_percent
+    for again in (replace(asked), CompressOptions(**asked.portable())):
+        assert again.max_drop == asked.max_drop
+        assert isinstance(again.max_drop, Percent) == in_percent

@@ -195,3 +195,24 @@ def test_the_layer_whose_activations_overflow_in_half_precision_is_named() -> No
     batches = [100 * torch.randn(8, 20) for _ in range(2)]
     with pytest.raises(BadInput, match="activations of layer second are not finite"):
         compress(model, keep=0.5, calibration=batches, prefer="size", bits=16)
+
+
+@pytest.mark.slow
+def test_a_drop_in_percent_is_of_accuracy_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    llama = Path(__file__).parents[2] / "model_cards" / "stdlib-llama"
+    words = [
+        str(llama),
+        "--max-drop",
+        "1%",
+        "--data",
+        "builtin:stdlib",
+        "--data-samples",
+        "4",
+        "--calibration",
+        "none",
+        "-q",
+    ]
+    assert run(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --max-drop 1% is of accuracy, and builtin:stdlib")
+    assert err.endswith("is measured in perplexity; give it in that unit, such as 0.5\n")

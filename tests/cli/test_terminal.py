@@ -167,4 +167,4 @@ def test_on_a_terminal_there_is_one_bar_for_all_steps() -> None:
         progress._bars.refresh()  # type: ignore[attr-defined]
         assert len(progress._bars.tasks) == 1  # type: ignore[attr-defined]
     assert "measure" in shown.getvalue()
-    assert "25%, about 60 s left in all" in shown.getvalue()
+    assert "25%, about 60 s left" in shown.getvalue()
