@@ -81,10 +81,6 @@ def _shell_rows() -> Iterator[str]:
     for of in VERBS:
         of_main = [MainOptions] if of is CompressOptions else []
         its_own: list[type[Options]] = [ConfigOptions, OF_COMMANDS[of], *of_main]
-            ConfigOptions,
-            OF_COMMANDS[of],
-            *([MainOptions] if of is CompressOptions else []),
-        ]
         for each in its_own:
             for name, option, _ in described(each):
                 flags = ", ".join(f"`{flag}`" for flag in (option.short, option.flag_of(name)) if flag)
