@@ -22,7 +22,7 @@ def in_browser(test: Any) -> Any:
 class OpenedPage:
     """A page in a browser without a network, with all it asked for and all that went wrong."""
 
-    def __init__(self, browser: Browser, path: Path, width: int = 1280, **options: Any) -> None:
+    def __init__(self, browser: Browser, path: Path, width: int = 1280, *, address: str = "", **options: Any) -> None:
         viewport = {"width": width, "height": 900}
         self.context = browser.new_context(offline=True, **{"viewport": viewport, **options})
         self.page: Page = self.context.new_page()
@@ -31,7 +31,7 @@ class OpenedPage:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda message: self.errors.append(message.text))
-        self.page.goto(path.as_uri())
+        self.page.goto(path.as_uri() + address)
 
 
 def contrast(first: str, second: str) -> float:

@@ -407,6 +407,69 @@ def test_playback_works_from_the_keyboard_alone(opened: Opened) -> None:
 
 
 @in_browser
+def test_keys_play_step_and_go_back(opened: Opened) -> None:
+    keyboard = opened.page.keyboard
+    keyboard.press("Home")
+    assert opened.settle()["step"] == 0
+    start = opened.drawn("matrix")
+    for key, step in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("ArrowLeft", 0), ("ArrowLeft", 0)):
+        keyboard.press(key)
+        assert opened.settle()["step"] == step
+    assert opened.drawn("matrix") == start
+    keyboard.press("Space")
+    assert opened.state()["playing"]
+    keyboard.press("Space")
+    assert not opened.settle()["playing"]
+    for key in ("Space", "Home"):
+        assert key in opened.page.locator(".keys").inner_text()
+    # A slider keeps its own arrows.
+    opened.page.locator("#batch_size").focus()
+    before = opened.settle()
+    keyboard.press("ArrowRight")
+    after = opened.settle()
+    assert after["step"] == before["step"]
+    assert after["training"]["batch_size"] > before["training"]["batch_size"]
+
+
+@in_browser
+def test_the_address_has_the_settings_and_the_step(opened: Opened, browser: Browser, path: Path) -> None:
+    opened.page.locator("#learning_rate").focus()
+    opened.page.keyboard.press("ArrowRight")
+    opened.page.locator("#step").click()
+    before = opened.settle()
+    opened.page.wait_for_url(f"**&step={before['step']}")
+    address = opened.page.url.removeprefix(path.as_uri())
+    other = Opened(browser, path, address=address)
+    after = other.settle()
+    assert (after["training"], after["step"]) == (before["training"], before["step"])
+    assert other.drawn("matrix") == opened.drawn("matrix")
+    assert other.errors == []
+    other.context.close()
+
+
+@in_browser
+@pytest.mark.parametrize("kept", ["step=3", "width=1e9", "batch_size=1.5&uses=1", "%", "learning_rate=__proto__"])
+def test_an_address_that_says_something_else_is_ignored(kept: str, browser: Browser, path: Path) -> None:
+    usual, odd = Opened(browser, path), Opened(browser, path, address=f"#{kept}")
+    assert (odd.settle()["training"], odd.errors) == (usual.settle()["training"], [])
+    for opened in (usual, odd):
+        opened.context.close()
+
+
+@in_browser
+def test_a_phone_shows_the_picture_above_every_slider(browser: Browser, path: Path) -> None:
+    opened = Opened(browser, path, viewport={"width": 400, "height": 800})
+    on_top = "e => { const r = e.getBoundingClientRect();"
+    on_top += " return document.elementFromPoint((r.left + r.right) / 2, (r.top + r.bottom) / 2) === e; }"
+    for slider in opened.page.get_by_role("slider").all():
+        slider.evaluate("e => e.scrollIntoView({block: 'center'})")
+        assert slider.evaluate(on_top)
+        for picture in ("matrix", "play"):
+            assert opened.page.locator(f"#{picture}").evaluate(on_top)
+    opened.context.close()
+
+
+@in_browser
 def test_tab_reaches_every_control_and_each_has_a_name(opened: Opened) -> None:
     visible = opened.page.locator("button:visible, input:visible, select:visible, summary:visible")
     reached = set()
