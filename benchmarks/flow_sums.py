@@ -33,6 +33,7 @@ from compressor.measure import energy_rank
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from pictures import MARKERS, save
 
 Row = dict[str, Any]
 
@@ -296,7 +297,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 shifted,
                 means,
                 yerr=bars,
-                fmt="o-",
+                fmt=f"{MARKERS[place % len(MARKERS)]}-",
                 markersize=4,
                 elinewidth=0.8,
                 color=mpl.colormaps["viridis"](0.85 * place / max(1, len(overlaps) - 1)),
@@ -308,6 +309,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for line in axes:
         line[0].set_ylabel("training accuracy lost by the\nworst task (points; range of the sums)")
     axes[0, 0].legend(title="cosines up to", fontsize=7, title_fontsize=7)
-    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # the same results give the same file
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)

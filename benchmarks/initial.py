@@ -59,6 +59,7 @@ from compressor.recipe import find_recipe
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from pictures import MARKERS, SMALLER, save
 
 RESULT = Path(__file__).parent / "results" / "initial.json"
 MODELS = Path(__file__).parent / "models" / "initial"
@@ -566,30 +567,30 @@ def _epochs(network: str) -> int | None:
 
 def draw(document: Mapping[str, Any], output: Path) -> None:
     """Accuracy against size without data, a panel a network, a color an optimizer; the last is over the length."""
-    mpl.rcParams |= {"svg.hashsalt": "initial", "svg.fonttype": "none"}  # the same results give the same, small file
     figure, panels = plt.subplots(2, 2, figsize=(10, 7.4))
     colors = dict(zip(OPTIMIZERS, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677"), strict=True))
     rows = _rows(document["rows"], kind="size", calibrated=False)
     for axes, network in zip(panels.flat, BUILDERS, strict=False):
-        for optimizer, color in colors.items():
+        for (optimizer, color), marker in zip(colors.items(), MARKERS, strict=True):
             for initial in (False, True):
                 own = _rows(rows, network=network, optimizer=optimizer, epochs=EPOCHS, initial=initial)
                 points = _medians(own, "share")
-                style = {"linestyle": "-", "marker": "o"} if initial else {"linestyle": ":", "marker": "x"}
+                style = {"linestyle": "-" if initial else ":", "marker": marker, "markersize": 5}
                 label = optimizer if initial else None
                 axes.plot([100 * x for x in points], list(points.values()), color=color, label=label, **style)
-        axes.set(title=network, xscale="log", xlabel="% of the 16-bit bytes of the layers", ylim=(0, 102))
+        axes.set(title=network, xscale="log", xlabel=f"% of the 16-bit bytes of the layers ({SMALLER})", ylim=(0, 102))
         axes.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
         axes.minorticks_off()
         axes.invert_xaxis()
         axes.grid(visible=True, color="0.9")
         axes.set_ylabel("accuracy on the test split, %")
     last = panels[1][1]
-    for share, color in ((0.1, "#4477aa"), (0.05, "#228833"), (0.02, "#ee6677")):
+    shares = zip((0.1, 0.05, 0.02), ("#4477aa", "#228833", "#ee6677"), MARKERS, strict=False)
+    for share, color, marker in shares:
         for initial in (False, True):
             own = _rows(rows, network=LENGTH_OF[0], optimizer=LENGTH_OF[1], initial=initial, share=share)
             points = _medians([row for row in own if row["epochs"] in LENGTHS], "epochs")
-            style = {"linestyle": "-", "marker": "o"} if initial else {"linestyle": ":", "marker": "x"}
+            style = {"linestyle": "-" if initial else ":", "marker": marker, "markersize": 5}
             label = f"{share:.0%} of the bytes" if initial else None
             last.plot(list(points), list(points.values()), color=color, label=label, **style)
     last.set(title=f"{LENGTH_OF[0]}, {LENGTH_OF[1]}, by length", xscale="log", xlabel="epochs", ylim=(0, 102))
@@ -598,12 +599,11 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
     last.grid(visible=True, color="0.9")
     last.set_ylabel("accuracy on the test split, %")
     last.legend(frameon=False, fontsize=8)
-    panels[0][0].plot([], [], color="0.4", linestyle="-", marker="o", label="with the initial weights")
-    panels[0][0].plot([], [], color="0.4", linestyle=":", marker="x", label="without")
+    panels[0][0].plot([], [], color="0.4", linestyle="-", label="with the initial weights")
+    panels[0][0].plot([], [], color="0.4", linestyle=":", label="without")
     panels[0][0].legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
-    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
-    plt.close(figure)
+    save(figure, output)
 
 
 def _medians(rows: Sequence[Mapping[str, Any]], key: str) -> dict[float, float]:

@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from compressor.data.builtin_data import Split, digits
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from pictures import MARKERS, save
 
 INPUTS, BLOCK, CLASSES, WIDTH = 128, 64, 5, 128
 BATCH, LEARNING_RATE = 16, 0.2
@@ -233,6 +234,16 @@ def tables(rows: Sequence[dict[str, Any]], grid: Grid) -> str:
     return "\n".join(lines)
 
 
+def disjoint_table(document: Mapping[str, Any]) -> str:
+    """What is lost on disjoint inputs, by initialization and weight decay."""
+    return tables(document["rows"], Grid()).split("\n\n")[0]
+
+
+def overlap_table(document: Mapping[str, Any]) -> str:
+    """What is lost by the inputs in common."""
+    return tables(document["rows"], Grid()).split("\n\n")[1]
+
+
 def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
     """Accuracy lost against input overlap, and against weight decay, one column per depth."""
     figure, axes = plt.subplots(
@@ -241,26 +252,27 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
     colors = dict(zip(grid.weight_decays, ("#b2182b", "#ef8a62", "#2166ac"), strict=False))
     for column, depth in enumerate(grid.depths):
         over_overlap, over_decay = axes[0, column], axes[1, column]
-        for mode, style in (("sum", "o-"), ("concat", "s--")):
-            for decay in grid.weight_decays:
+        for mode, dash in (("sum", "-"), ("concat", "--")):
+            for decay, marker in zip(grid.weight_decays, MARKERS, strict=False):
                 setting = {"depth": depth, "weight_decay": decay, "initialization": 1.0}
                 series = [drops(rows, mode, shared_inputs=shared, **setting) for shared in grid.shared]
                 _line(
                     over_overlap,
                     [shared / BLOCK for shared in grid.shared],
                     series,
-                    style=style,
+                    style=marker + dash,
                     color=colors[decay],
                     label=f"{mode}, {decay:g}",
                 )
             for initialization, color in zip(INITIALIZATIONS, ("#4d4d4d", "#b35806"), strict=True):
+                marker = MARKERS[INITIALIZATIONS.index(initialization)]
                 setting = {"depth": depth, "initialization": initialization, "shared_inputs": 0}
                 series = [drops(rows, mode, weight_decay=decay, **setting) for decay in grid.weight_decays]
                 _line(
                     over_decay,
                     range(len(grid.weight_decays)),
                     series,
-                    style=style,
+                    style=marker + dash,
                     color=color,
                     label=f"{mode}, start x {initialization:g}",
                 )
@@ -274,9 +286,7 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
     for row, title in enumerate(("mode, weight decay", "mode, random start")):
         axes[row, 0].set_ylabel("accuracy lost by the worse task\n(points; range of the seeds)")
         axes[row, 0].legend(title=title, fontsize=8, title_fontsize=8)
-    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # the same results give the same file
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def _line(

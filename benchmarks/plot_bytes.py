@@ -4,7 +4,7 @@
 
 Writes benchmarks/results/bytes.svg, or FILE in the format of its suffix. Lines are what takes a size, single markers
 are layers all of one width; both are means over the draws, and bars reach from the least to the most. Methods differ in
-marker and dash as well as in color, and the background is white, so that it can be printed and seen on dark pages.
+marker and dash as well as in color. It is read on light and on dark pages (pictures.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from bytes import OURS, RESULT, SHARES, Point, by_model, points_of
 from matplotlib.axes import Axes
+from pictures import SMALLER, save
 
 SMALLEST = 1e-4  # nats: what is less, or negative, is drawn here
 LINES: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ def draw(axes: Axes, name: str, points: Sequence[Point]) -> None:
     if errors:
         shares = [100 * point.stored for point in points if point.method == "ours"]
         axes.fill_between(shares, errors, SMALLEST / 2, color="0.9", zorder=0, label="within one standard error")
-    axes.set(title=name, xscale="log", yscale="log", xlabel="% of the 16-bit bytes of the layers")
+    axes.set(title=name, xscale="log", yscale="log", xlabel=f"% of the 16-bit bytes of the layers ({SMALLER})")
     shares = sorted({*SHARES, min(point.share or 1 for point in points)})
     axes.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares], fontsize=7)
     axes.minorticks_off()
@@ -89,8 +90,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULT)
     parser.add_argument("--output", type=Path, default=RESULT.with_suffix(".svg"))
     asked = parser.parse_args()
-    models = by_model(json.loads(asked.results.read_text(encoding="utf-8")))
-    mpl.rcParams |= {"svg.hashsalt": "bytes", "svg.fonttype": "none"}  # the same results give the same, small file
+    draw_all(json.loads(asked.results.read_text(encoding="utf-8")), asked.output)
+
+
+def draw_all(document: Any, output: Path) -> None:
+    """All panels."""
+    models = by_model(document)
     columns = min(3, len(models) + 1)
     height = math.ceil((len(models) + 1) / columns)
     figure, panels = plt.subplots(height, columns, figsize=(4.4 * columns, 3.9 * height), squeeze=False)
@@ -103,7 +108,7 @@ def main() -> None:
     lines = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     places[len(models)].legend(lines.values(), lines.keys(), loc="center", frameon=False)
     figure.tight_layout()
-    figure.savefig(asked.output, metadata={"Date": None} if asked.output.suffix == ".svg" else None, dpi=110)
+    save(figure, output)
 
 
 if __name__ == "__main__":

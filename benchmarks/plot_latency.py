@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 from latency import SHORT, grouped
 from matplotlib.axes import Axes
+from pictures import save
 
 RESULTS = Path(__file__).parent / "results"
 STYLES: dict[str, dict[str, Any]] = {
@@ -57,10 +57,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "latency-cpu.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "latency-cpu.svg")
     asked = parser.parse_args()
-    rows = json.loads(asked.results.read_text(encoding="utf-8"))["models"]
+    draw_all(json.loads(asked.results.read_text(encoding="utf-8")), asked.output)
+
+
+def draw_all(document: Any, output: Path) -> None:
+    """All panels."""
+    rows = document["models"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     columns = grouped(rows, "network", "workload")
-    mpl.rcParams |= {"svg.hashsalt": "latency", "svg.fonttype": "none"}  # the same results give the same, small file
     size = (3.0 * len(columns), 2.9 * len(dtypes) + 0.4)
     figure, panels = plt.subplots(len(dtypes), len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     for column, ((network, workload), found) in enumerate(columns.items()):
@@ -77,7 +81,7 @@ def main() -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.savefig(asked.output, metadata={"Date": None} if asked.output.suffix == ".svg" else None, dpi=90)
+    save(figure, output)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from pictures import SMALLER, save
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("stdlib-llama", "stdlib-llama-large", "digits-vit", "digits-resnet", "digits-mlp")
@@ -52,7 +52,7 @@ def draw(axes: Axes, name: str, rows: Sequence[dict[str, Any]]) -> None:
         below = [mean - min(found[keep]) for mean, keep in zip(means, keeps, strict=True)]
         above = [max(found[keep]) - mean for mean, keep in zip(means, keeps, strict=True)]
         axes.errorbar(keeps, means, yerr=(below, above), label=method, markersize=5, elinewidth=0.8, **style)
-    axes.set(title=name, yscale="log", xlabel="share of the eligible parameters kept")
+    axes.set(title=name, yscale="log", xlabel=f"share of the eligible parameters kept\n({SMALLER})")
     axes.set_xticks(sorted({row["keep"] for row in rows}))
     axes.invert_xaxis()
     axes.grid(visible=True, which="major", color="0.9")
@@ -63,7 +63,11 @@ def draw(axes: Axes, name: str, rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.svg")
-    output = parser.parse_args().output
+    draw_all(parser.parse_args().output)
+
+
+def draw_all(output: Path) -> None:
+    """All panels."""
     results: dict[str, list[dict[str, Any]]] = {}
     for name in MODELS:
         path = RESULTS / f"quality-{name}.json"
@@ -73,7 +77,6 @@ def main() -> None:
             results[name] = rows
     if not results:
         raise SystemExit("there are no results yet: run benchmarks/quality.py first")
-    mpl.rcParams |= {"svg.hashsalt": "quality", "svg.fonttype": "none"}  # the same results give the same, small file
     columns = min(3, len(results) + 1)
     height = math.ceil((len(results) + 1) / columns)
     figure, panels = plt.subplots(height, columns, figsize=(4 * columns, 3.8 * height), squeeze=False)
@@ -87,7 +90,7 @@ def main() -> None:
     shown = [method for method in STYLES if method in lines]
     places[len(results)].legend([lines[method] for method in shown], shown, loc="center", frameon=False)
     figure.tight_layout()
-    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
+    save(figure, output)
 
 
 if __name__ == "__main__":

@@ -582,12 +582,51 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+# What the page of results compares; the other methods are ours with a part switched off.
+PUBLISHED = (
+    *("truncated SVD", "ASVD", "SVD-LLM", "SVD-LLM, sequential", "SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted"),
+    *("MPIFA", "ours", "ours without refinement", "ours without data"),
+)
+SAID = {"byte left out": "a byte left out"}
+
+
+def methods_table(document: Mapping[str, Any]) -> str:
+    """The methods on the test split at the sizes that truncated SVD was measured at, those that were at all of them."""
+    rows = [row for row in document["rows"] if row["condition"] == TEST]
+    keeps = sorted({row["keep"] for row in rows if row["method"] == PUBLISHED[0]}, reverse=True)
+    columns = {f"keep {keep}": [row for row in rows if row["keep"] == keep] for keep in keeps}
+    return _compared(rows[0]["model"], columns)
+
+
+def conditions_table(document: Mapping[str, Any]) -> str:
+    """The methods on what calibration never saw."""
+    rows = [row for row in document["rows"] if row["condition"] != TEST]
+    columns = {
+        SAID.get(condition, condition): [row for row in rows if row["condition"] == condition]
+        for condition in dict.fromkeys(row["condition"] for row in rows)
+    }
+    return _compared(f"{rows[0]['model']}, keep {rows[0]['keep']}", columns)
+
+
+def _compared(name: str, columns: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    lines = [f"| {name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = [row for own in columns.values() for row in own]
+    small = max(row["loss_increase"] for row in rows if row["method"] == PUBLISHED[0]) < 1
+    digits = 4 if small and not any("accuracy_drop" in row for row in rows) and len(columns) > 2 else 3
+    for method in PUBLISHED:
+        found = [[row for row in own if row["method"] == method] for own in columns.values()]
+        if found and min(map(len, found)) == max(map(len, found)) > 1:  # as many draws of all
+            lines.append(f"| {method} | {' | '.join(summary(each, digits) for each in found)} |")
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[Mapping[str, Any]], digits: int = 3) -> str:
     """One cell: the loss increase, and of a classifier the divergence and the points of accuracy lost."""
     if not rows:
         return ""
     losses = [row["loss_increase"] for row in rows]
-    text = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+    mean, least, most = (f"{each:.{digits}f}" for each in (statistics.mean(losses), min(losses), max(losses)))
+    text = f"{mean} ({least} to {most})"
     drops = [row["accuracy_drop"] for row in rows if "accuracy_drop" in row]
     if not drops:
         return text

@@ -57,6 +57,7 @@ from compressor.measure import Spectrum, energy_rank, frobenius_rank, stable_ran
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from pictures import save
 
 RESULTS = Path(__file__).parent / "results"
 FIXED_EXPONENT = 4.0
@@ -393,13 +394,6 @@ def plot_rules(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("share of the parameters kept")
     axes[0, 0].legend(fontsize=7)
     save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    # The same results give the same, small file.
-    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -30,6 +30,7 @@ from compressor.measure.memory_window import forgetting_exponent, retention
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from pictures import MARKERS, save
 
 Row = dict[str, Any]
 
@@ -230,7 +231,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 yerr=bars,
                 color=mpl.colormaps["tab10"](place),
                 linestyle="--" if "epochs" in name else "-",
-                marker="o",
+                marker=MARKERS[place % len(MARKERS)],
                 markersize=4,
                 elinewidth=0.8,
                 label=name,
@@ -240,6 +241,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.grid(color="0.9")
     axes[0].set_ylabel("share of the full rank\n(mean of hidden matrices; range of starts)")
     axes[2].legend(fontsize=7, handlelength=3.5)
-    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # the same results give the same file
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
