@@ -186,7 +186,8 @@ def open_data(
     elif name.startswith("builtin:"):
         raise BadInput(f"there is no built-in data {name!r}", remedy=f"use {' or '.join(BUILTINS)}")
     else:
-        contents = read_contents(Path(name), preprocessing.inputs)
+        # Nothing is measured on calibration data.
+        contents = read_contents(Path(name), preprocessing.inputs, labeled=sample.option == "data")
         examples = _opened(contents, _Use(name, preprocessing, sample))
     return replace(_in_batches(examples, batch_size, sample.limit), metric=sample.metric)
 

@@ -104,12 +104,12 @@ class Batches:
 Contents = Texts | LabeledTexts | TextPairs | Arrays | NamedArrays | LabeledImages | Images | Rows | Batches
 
 
-def read_contents(path: Path, inputs: Collection[str] = ()) -> Contents:
+def read_contents(path: Path, inputs: Collection[str] = (), *, labeled: bool = True) -> Contents:
     """Read a text, .jsonl, .csv, .npz or .safetensors file, or a folder of texts or of images by class.
 
     Files of a folder come in the order of their paths. Files of text and images are listed, not yet opened. `inputs`
-    are the names that the model's forward has, by which arrays may go. Raises `BadInput` when the path is missing,
-    empty, of another kind, or holds what cannot be used.
+    are the names that the model's forward has, by which arrays may go. Unless `labeled`, arrays may have no labels.
+    Raises `BadInput` when the path is missing, empty, of another kind, or holds what cannot be used.
     """
     if not path.exists():
         raise BadInput("there is no such data file or folder", where=path, remedy="check the path")
@@ -123,7 +123,7 @@ def read_contents(path: Path, inputs: Collection[str] = ()) -> Contents:
     if suffix == ".csv":
         return _read_csv(path)
     if suffix in {".npz", ".safetensors"}:
-        return _read_arrays(path, inputs)
+        return _read_arrays(path, inputs, labeled=labeled)
     raise BadInput(
         f"data of the kind {suffix or 'without a suffix'} cannot be read",
         where=path,
@@ -249,9 +249,9 @@ def _label(row: Mapping[str, Any], where: str) -> str | int:
     return label
 
 
-def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
+def _read_arrays(path: Path, inputs: Collection[str], *, labeled: bool) -> Arrays | NamedArrays:
     arrays = _read_npz(path) if path.suffix.lower() == ".npz" else _read_safetensors(path)
-    return in_arrays(arrays, path, inputs)
+    return in_arrays(arrays, path, inputs, labeled=labeled)
 
 
 def in_arrays(

@@ -354,6 +354,15 @@ def test_labeled_token_ids_are_text_classification(tmp_path):
     assert batch.inputs["input_ids"].dtype == torch.int64
 
 
+def test_arrays_that_calibrate_need_no_labels(tmp_path):
+    images = torch.rand(2, 3, 4, 4)
+    save_file({"pixel_values": images}, tmp_path / "data.safetensors")
+    data = open_data(tmp_path / "data.safetensors", sample=Sample(option="calibration"))
+    assert torch.equal(inputs_of(data), images)
+    with pytest.raises(BadInput, match="exactly one of labels, y, targets is needed"):
+        open_data(tmp_path / "data.safetensors", sample=Sample(option="data"))
+
+
 X, Y = np.ones((2, 3), dtype=np.float32), np.array([0, 1])
 
 
