@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -33,7 +34,9 @@ from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, Size
 from compressor.measure import Precision, Spectrum
+from compressor.measure.scale import power_of_two
 from compressor.network import Kind
+from compressor.torch_state import in_float64
 
 
 class MatrixPair(Protocol):
@@ -250,6 +253,24 @@ class Approximations:
     def decomposition(self) -> Decomposition:
         """The decomposition of the matrix in the metric."""
         return self.known or decomposition_in(self.weight, self.matrix, self.metric, settings=self.settings)
+
+    def relative_error(self, product: Tensor) -> float:
+        """Of another matrix in this one's place, in the metric."""
+        size = self._squared_size
+        return math.sqrt(self._squared(in_float64(self.matrix) - product) / size) if size > 0 else 0.0
+
+    @cached_property
+    def _squared_size(self) -> float:
+        return self._squared(in_float64(self.matrix))
+
+    def _squared(self, change: Tensor) -> float:
+        """The squared size of a change to the matrix, over that of a power of two near the matrix's own."""
+        scaled = change / self._scale
+        return float(scaled.square().sum()) if self.metric is None else self.metric.squared_size(scaled)
+
+    @cached_property
+    def _scale(self) -> float:
+        return power_of_two(in_float64(self.matrix))
 
     def pair(self, form: PairForm, rank: int) -> MatrixPair:
         """The pair of a form at a rank, as `approximate` makes it."""

@@ -74,7 +74,6 @@ from compressor.forms.quantized_parts import (
     quantized,
     quantized_as_stored,
     quantized_for_errors,
-    relative_error,
     shape_tensors,
     single_metric,
     stored_parts,
@@ -317,7 +316,7 @@ class QuantizedPair(_QuantizedForm):
         for rank in ranks:
             found = approximations.pair(self.pair, int(rank))
             pair = self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
-            error = relative_error(matrix, pair.product(), metric)
+            error = approximations.relative_error(pair.product())
             added.append(max(0.0, error**2 - truncated[rank] ** 2) / max(1e-30, 1 - truncated[rank] ** 2))
         shares = np.interp(np.log(np.arange(1, last + 1)), np.log(ranks), added)
         kept = np.clip(1 - truncated[1:] ** 2, 0, 1)
@@ -438,7 +437,7 @@ class QuantizedDense(_QuantizedForm):
         turned, quantize = weight.kind in TURNED, self._quantize_for_errors(settings)
         own = quantized_as_stored(in_float64(matrix), single_metric(metric), quantize=quantize, turned=turned)
         found = matrix_of(own, turned=turned)
-        error = relative_error(matrix, found, metric)
+        error = approximations.relative_error(found)
         if self.quantization.bits > settings.corrected_bits or error == 0:
             return np.array([error])
         left = decomposition_in(weight, in_float64(matrix) - found, metric, settings=settings)

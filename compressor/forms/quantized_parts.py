@@ -23,7 +23,6 @@ from compressor.factorize import (
 )
 from compressor.forms.pair_form import Values
 from compressor.io import TensorInfo
-from compressor.measure.scale import power_of_two
 from compressor.network import Kind
 from compressor.quantize import (
     Quantization,
@@ -35,7 +34,6 @@ from compressor.quantize import (
     simulated,
     unpack,
 )
-from compressor.torch_state import in_float64
 
 # Kinds whose quantized tensor has the rows of the matrix' inputs: a row of it is looked up, or is one channel's kernel.
 TURNED: tuple[Kind, ...] = ("embedding", "transposed convolution")
@@ -256,16 +254,6 @@ def stored_parts(pair: QuantizedFactors, infos: Iterable[TensorInfo]) -> dict[st
         assert not isinstance(part, SimulatedMatrix)
         stored |= {info.name: part} if isinstance(part, Tensor) else part_tensors(info.name, part, info)
     return stored
-
-
-def relative_error(matrix: Tensor, product: Tensor, metric: Metric | TiedMetric | None) -> float:
-    wide = in_float64(matrix)
-    scale = power_of_two(wide)
-    total, changed = (
-        float(each.square().sum()) if metric is None else metric.squared_size(each)
-        for each in (wide / scale, (wide - product) / scale)
-    )
-    return math.sqrt(changed / total) if total > 0 else 0.0
 
 
 def defect_of_scales(names: Iterable[str], read: Values) -> str | None:

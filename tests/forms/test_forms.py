@@ -257,6 +257,27 @@ def test_what_widths_have_in_common_is_computed_once() -> None:
     assert all(np.array_equal(one, other) for one, other in zip(together, apart, strict=True))
 
 
+def test_the_size_of_a_matrix_is_computed_once_for_all_forms() -> None:
+    torch.manual_seed(0)
+    weight = StoredWeight("linear", (6, 48))
+    matrix, plain = torch.randn(weight.shape, dtype=torch.float64), metric_of(weight)
+    assert isinstance(plain, Metric)
+    sizes: list[Tensor] = []
+
+    class Counted(Metric):
+        def squared_size(self, matrix: Tensor) -> float:
+            sizes.append(matrix / matrix.norm())
+            return super().squared_size(matrix)
+
+    metric = Counted(plain.inputs, plain.gradients)
+    shared = Approximations(weight=weight, matrix=matrix, metric=metric, settings=DEFAULTS)
+    for form in (each for each in QUANTIZED if each.takes(weight)):
+        shared.errors(form)
+    own = [each for each in sizes if each.shape == matrix.shape and torch.allclose(each, matrix / matrix.norm())]
+    assert len(own) == 1
+    assert len(sizes) > 3
+
+
 @pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
 def test_scales_that_are_not_finite_are_told(form: PairForm) -> None:
     weight = taken_by(form)
