@@ -65,6 +65,8 @@ def fit_to_dense(
     only their ratio to the first error counts. Adam (Kingma and Ba, ICLR 2015) in float32 or wider.
     """
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    if not parameters:  # of what training wrote nothing may be stored
+        return False
     started = holdout_error()
     if not 0 < started < math.inf:
         return False

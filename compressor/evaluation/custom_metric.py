@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.data import Batch, CustomMetric, EvaluationData, placed
 from compressor.errors import BadInput, CompressorError, first_line
 from compressor.freed_memory import freed_memory
+from compressor.model import dtype_of
 from compressor.torch_state import called_as_by_the_caller
 
 # How many parts of the data a metric is measured without, in turn.
@@ -49,7 +50,7 @@ class LoaderBatches:
         return len(self.data.batches) or -(-self.data.count // self.data.batch_size)
 
     def _made(self, batch: Batch) -> Any:
-        dtype = next((each.dtype for each in self.model.parameters() if each.is_floating_point()), None)
+        dtype = dtype_of(self.model)
         inputs = {name: each.to(dtype) if each.is_floating_point() else each for name, each in batch.inputs.items()}
         labels = batch.labels
         if hasattr(self.model, "main_input_name"):

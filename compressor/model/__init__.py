@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
-from compressor.model.inference import evaluation_mode, logits_of, on_device, resolve_device
+from compressor.model.inference import dtype_of, evaluation_mode, logits_of, on_device, resolve_device
 from compressor.model.initial import require_of_model, untrained_builder
 from compressor.model.layer_uses import layer_uses, scaled
 from compressor.model.measurements import Decomposing, InspectedLayer, inspect_layers, measured_layers
@@ -32,6 +32,7 @@ __all__ = [
     "ModelLike",
     "SentModel",
     "build_model",
+    "dtype_of",
     "evaluation_mode",
     "given_initial",
     "inspect_layers",

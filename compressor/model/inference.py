@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.forms import InitialLayer
 from compressor.model.streaming import blocks_of, device_of
 from compressor.torch_state import called_as_by_the_caller, same_attributes, scratch_buffers
 
@@ -135,6 +136,20 @@ def _home(model: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first floating-point numbers of a model, in which it takes its inputs; None where it has none.
+
+    A layer that is formed from its start and its factors has that of its weight: its factors may be integers, of which
+    only the scales, in 16 bits, are floating-point numbers.
+    """
+    for module in model.modules():
+        own = [module.weight] if isinstance(module, InitialLayer) else module.parameters(recurse=False)
+        for tensor in own:
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return None
+
+
 def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
     """Return a call of `model` on `inputs`, already on its device and, if they are floats, in its dtype.
 
@@ -142,8 +157,7 @@ def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[],
     module takes one by position, or several by keyword. Raises `BadInput` for keywords that such a module does not
     have.
     """
-    device = device_of(model)
-    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+    device, dtype = device_of(model), dtype_of(model)
     placed = {
         name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()

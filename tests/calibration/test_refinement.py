@@ -114,6 +114,10 @@ def test_a_loss_that_nothing_has_an_effect_on_leaves_the_factors() -> None:
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
 
 
+def test_of_layers_of_which_nothing_is_stored_nothing_is_fitted() -> None:
+    assert not fit_to_dense({"relu": nn.ReLU()}, [lambda: torch.ones(())], lambda: 1.0, **ADAM)
+
+
 def started(
     name: str, *, padded: bool = False, settings: CalibrationSettings = TWO_PASSES
 ) -> tuple[Calibration, Compensated]:

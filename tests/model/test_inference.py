@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.model import evaluation_mode, on_device
+from compressor.factorize.settings import DEFAULTS
+from compressor.forms import InitialForm, InitialLayer, StoredWeight
+from compressor.forms.plain import PLAIN
+from compressor.forms.quantized import QuantizedPair
+from compressor.model import dtype_of, evaluation_mode, logits_of, on_device
 from compressor.network import SeparateExperts, with_separate_experts
+from compressor.quantize import Quantization
 from tests.lowrank.architectures import ARCHITECTURES
 
 ELSEWHERE = torch.device("meta")
@@ -83,3 +88,24 @@ def test_a_recurrent_layer_that_was_moved_runs_with_its_own_weights() -> None:
             pass
         found, _ = layer(x)
     assert torch.equal(found, expected)
+
+
+def test_a_model_takes_its_inputs_in_the_dtype_of_its_weights_and_not_of_their_scales() -> None:
+    torch.manual_seed(0)
+    dense, form = nn.Linear(48, 6), InitialForm.of(QuantizedPair.of(PLAIN, Quantization(8)))
+    weight, start = StoredWeight("linear", (6, 48)), torch.randn(6, 48)
+    pair = form.approximate(weight, dense.weight.detach().double() - start, 6, metric=None, settings=DEFAULTS)
+    first = form.layer(dense, 6)
+    assert isinstance(first, InitialLayer)
+    first.load_state_dict({**form.stored(weight, pair, torch.float32), "bias": dense.bias, "weight": first.weight})
+    first.fill_start(start)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(6, 3))
+    assert next(model.parameters()).dtype == torch.float32  # the bias
+    without = nn.Sequential(form.layer(nn.Linear(48, 6, bias=False), 6))
+    assert {each.dtype for each in without.parameters()} == {torch.float16}
+    assert dtype_of(without) == dtype_of(model) == torch.float32
+    assert dtype_of(nn.Sequential(nn.ReLU(), nn.Linear(2, 2).half())) == torch.float16
+    assert dtype_of(nn.ReLU()) is None
+    x = torch.randn(5, 48)
+    expected = model[2](torch.relu(dense(x)))
+    torch.testing.assert_close(logits_of(model, {"x": x}), expected, atol=0.05, rtol=0)
