@@ -19,7 +19,7 @@ from compressor.planning.measured import MeasuredLayer, dense_seconds, predicted
 from compressor.planning.plan import CalibrationResult, LayerPlan, LossUnit, Plan, dense_plan
 from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size import plan_by_size
-from compressor.planning.size_curve import SizeCurve, plan_loss, size_curve
+from compressor.planning.size_curve import SizeCurve, StoredForm, plan_loss, size_curve
 from compressor.planning.widths import quantized_forms
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "PlanningSettings",
     "SizeCurve",
     "Sizes",
+    "StoredForm",
     "TimeLimit",
     "Times",
     "Trial",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from compressor.choices import FormRequest
 from compressor.planning.allocation import lower_hull
@@ -22,19 +23,29 @@ _SIZES = 30
 
 
 @dataclass(frozen=True)
+class StoredForm:
+    """The form and rank in which a layer would be stored; the rank of a dense one is 0."""
+
+    form: str
+    rank: int
+
+
+@dataclass(frozen=True)
 class SizeCurve:
     """Loss over size, by the measured spectra alone: `losses[i]` at `parameters[i]` stored of the eligible layers.
 
     Sizes rise, and at the last nothing is lost. `unit` says what the losses are: with calibration that of the
-    calibration, to second order; else `relative error`, the root mean square of the layers' relative errors.
+    calibration, to second order; else `relative error`, the root mean square of the layers' relative errors. In
+    `layers[i]` is what each layer would be at that size, in the order in which they were measured.
     """
 
     parameters: tuple[int, ...]
     losses: tuple[float, ...]
     unit: LossUnit | Literal["relative error"]
+    layers: tuple[tuple[StoredForm, ...], ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"parameters": list(self.parameters), "losses": list(self.losses), "unit": self.unit}
 
 
 def size_curve(
@@ -53,13 +64,20 @@ def size_curve(
         return _calibrated_curve(measured, tables, unit)
     least, most = (sum(int(bound(each.choices.cost)) for each in tables) for bound in (np.min, np.max))
     sizes = np.unique(np.linspace(least, most, _SIZES).round().astype(int)).tolist()
-    losses = []
+    losses, layers = [], []
     for size in sizes:
         chosen = chosen_within(measured, tables, size)
         assert chosen is not None, "the smallest size can be met"
         errors = [each.errors[index] for each, index in zip(tables, chosen, strict=True)]
         losses.append(float(np.sqrt(np.mean(np.square(errors)))))
-    return SizeCurve(tuple(sizes), tuple(losses), "relative error")
+        layers.append(_stored(tables, chosen))
+    return SizeCurve(tuple(sizes), tuple(losses), "relative error", tuple(layers))
+
+
+def _stored(tables: Sequence[LayerChoices], chosen: Sequence[int]) -> tuple[StoredForm, ...]:
+    """What the layers are by the indices of their choices."""
+    pairs = zip(tables, chosen, strict=True)
+    return tuple(StoredForm(each.forms[index], int(each.ranks[index])) for each, index in pairs)
 
 
 def _calibrated_curve(measured: Sequence[MeasuredLayer], tables: Sequence[LayerChoices], unit: LossUnit) -> SizeCurve:
@@ -83,7 +101,22 @@ def _calibrated_curve(measured: Sequence[MeasuredLayer], tables: Sequence[LayerC
     # At a price are taken all steps that save more.
     points = np.unique(np.append(np.searchsorted(-savings, -prices), len(savings)))
     shown = points[np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))]
-    return SizeCurve(tuple(sizes[shown].tolist()), tuple(lost[shown].tolist()), unit)
+    at_points = zip(*_taken(hulls, order, shown), strict=True)
+    layers = tuple(_stored(tables, chosen) for chosen in at_points)
+    return SizeCurve(tuple(sizes[shown].tolist()), tuple(lost[shown].tolist()), unit, layers)
+
+
+def _taken(
+    hulls: Sequence[npt.NDArray[np.int64]],
+    order: npt.NDArray[np.int64],
+    points: npt.NDArray[np.int64],
+) -> list[list[int]]:
+    """For each layer its choice where so many of all layers' steps along their hulls, sorted by `order`, are taken."""
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
+    # A layer's own steps are in the order of its hull, since each saves less than the one before.
+    own = np.split(places, np.cumsum([len(hull) - 1 for hull in hulls])[:-1])
+    return [hull[np.searchsorted(steps, points)].tolist() for hull, steps in zip(hulls, own, strict=True)]
 
 
 def plan_loss(curve: SizeCurve, layers: Sequence[LayerPlan], predicted: float | None) -> float:

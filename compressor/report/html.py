@@ -1,37 +1,41 @@
-"""The report as one HTML file: no script, nothing loaded, the same bytes for the same result."""
+"""The report as one HTML file: nothing loaded, the same bytes for the same result, readable without its script."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
-from compressor.evaluation import Change, LatencyChange
-from compressor.formatting import format_percent, format_seconds, format_shape, format_size, one_line
-from compressor.forms import has_own_errors
-from compressor.report.comparison import compression_rows
+from compressor.formatting import format_seconds, format_size, one_line
+from compressor.report.beside_uniform import uniform_table
+from compressor.report.comparison import Comparison, compression_rows
 from compressor.report.initial_words import initial_facts, initial_table, initial_terms, started_layers
+from compressor.report.layer_rows import layer_rows
+from compressor.report.loss_plots import loss_plot, search_plot
 from compressor.report.losses import curve_points
+from compressor.report.other_sizes import OtherSize, OtherSizes, other_sizes
+from compressor.report.outcome import outcomes
+from compressor.report.pages import base_facts
+from compressor.report.plot import SHAPES, Plot
 from compressor.report.wording import (
     BITS_NOTE,
     SEARCH_HEADERS,
     above_one_words,
-    bits_words,
-    budget_words,
     calibration_words,
     count_words,
-    error_words,
-    form_words,
     left_out_words,
+    loss_name,
     measured_alone,
     quantizes,
-    rank_words,
     recipe_words,
     search_rows,
     search_words,
-    slowest_times,
     squeezed_words,
     stored_only_words,
     timed_on,
@@ -40,27 +44,23 @@ from compressor.report.wording import (
 
 if TYPE_CHECKING:
     from compressor.recipe import TrainingRecipe
-    from compressor.report.figures import RankMarks
     from compressor.results import Compression
 
-TEMPLATE = Path(__file__).with_name("report.html")
+HERE = Path(__file__).parent
 
 
 def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> None:
     """Refuse a report that could not be written, before the work starts.
 
     Raises `BadInput` if the path is not named .html, exists and `overwrite` is not set, is not in a writable folder or
-    is in the model folder `source`, or if the libraries that draw the report are not installed.
+    is in the model folder `source`, or if jinja2 is not installed.
     """
     from compressor.io import check_output
 
-    for library in ("jinja2", "matplotlib"):
-        if find_spec(library) is None:
-            raise BadInput(
-                f"a report needs {library}, which is not installed",
-                where=path,
-                remedy="run pip install 'compressor[report]'",
-            )
+    if find_spec("jinja2") is None:
+        raise BadInput(
+            "a report needs jinja2, which is not installed", where=path, remedy="run pip install 'compressor[report]'"
+        )
     # A slip such as --report MODEL --overwrite must not destroy a model.
     if path.suffix.lower() not in (".html", ".htm"):
         raise BadInput("a report is an HTML file", where=path, remedy="give it a name that ends in .html")
@@ -78,7 +78,7 @@ def write_report(compression: Compression, path: str | Path, *, overwrite: bool 
         overwrite: Whether to replace a file that exists.
 
     Raises:
-        BadInput: the path cannot be written, or is in the source's folder; or matplotlib or jinja2 is not installed.
+        BadInput: the path cannot be written, or is in the source's folder; or jinja2 is not installed.
 
     Example:
         >>> small = compressor.compress("model/", output="small/", keep=0.6, data="test.jsonl")
@@ -105,93 +105,163 @@ def report_page(compression: Compression) -> str:
     from markupsafe import Markup
 
     from compressor.measure import EPSILON
-    from compressor.report.figures import curve_figure, ranks_figure, search_figure, sizes_figure, spectrum_figure
 
     # Trimmed blocks leave no empty lines where the template has conditions.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment.filters["size"] = format_size
+    template = environment.from_string(_part("report.html"))
     compression = _portable(compression)
-    plan, evaluation = compression.plan, compression.evaluation
-    marks, points = _marks(compression), curve_points(compression)
-    limit = plan.budget.drop_limit
-    started = {layer.name for layer in started_layers(plan.layers)}
-    whole = {each.layer.name: each.singular_values for each in compression.measured if each.layer.name in started}
+    plan, evaluation, script = compression.plan, compression.evaluation, _part("report.js")
+    layers = layer_rows(compression)
+    points, sizes = curve_points(compression), other_sizes(compression)
+    plot = None if sizes is None else loss_plot(compression, points, sizes)
+    search = None if plan.search is None else plan.search
     table = None if plan.initial is None or not plan.initial.layers else initial_table(plan.initial)
+    times = () if plan.device is None else ("predicted", "measured")[: 1 + measured_alone(plan.layers)]
     return template.render(
+        title=f"Compression of {one_line(compression.source)}",
+        style=Markup(_part("report.css")),
+        script=Markup(script),
+        script_hash=_hash(script),
+        shapes=SHAPES,
+        breakable=_breakable,
         verdict=compression.verdict.remarks,
+        outcomes=outcomes(compression),
+        tiles=list(_tiles(compression)),
         source=one_line(compression.source),
         output=one_line(compression.output) if compression.output else None,
-        command=compression.command,
-        budget=budget_words(plan.budget),
-        widths=widths_words(compression),
-        squeezed=squeezed_words(plan),
+        facts=list(_facts(compression)),
         advice=plan.advice,
-        initial=[words for _, words in initial_facts(plan)],
-        started=bool(started),
-        initial_headers=[] if table is None else [header.replace("\n", " ") for header in table[0]],
-        initial_layers=[] if table is None else [(_breakable(name), *cells) for name, *cells in table[1]],
-        initial_terms=[] if plan.initial is None else list(initial_terms(plan.initial)),
-        calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
-        search=search_words(plan.search) if plan.search is not None else None,
-        tried_sizes=search_rows(plan.search) if plan.search is not None else [],
-        search_headers=SEARCH_HEADERS,
         warnings=compression.warnings,
         stored_only=stored_only_words(plan.layers),
         above_one=above_one_words(plan.layers),
-        error_name=plan.error_name,
-        effort=f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}",
-        comparisons=compression_rows(compression),
         left_out=left_out_words(compression.left_out, compression.weights_at) if compression.left_out else None,
+        initial_headers=[] if table is None else [header.replace("\n", " ") for header in table[0]],
+        initial_layers=[] if table is None else [(_breakable(name), *cells) for name, *cells in table[1]],
+        initial_terms=[] if plan.initial is None else list(initial_terms(plan.initial)),
+        calibration=plan.calibration is not None,
+        points=points,
+        loss_plot=plot,
+        loss_name="" if compression.curve is None else loss_name(compression.curve.unit),
+        curve_words="" if compression.curve is None else _curve_words(compression.curve.unit),
+        sizes=sizes,
+        chosen_size=0 if sizes is None else sizes.made,
+        listed_sizes=() if sizes is None else _listed_sizes(sizes),
+        sizes_json=None if sizes is None or plot is None else Markup(_sizes_json(compression, sizes, plot)),
+        uniform=uniform_table(compression),
+        better=None if compression.better_uniform is None else str(compression.better_uniform),
+        search_plot=None
+        if search is None
+        else search_plot(search, eligible=plan.eligible_before, limit=plan.budget.drop_limit),
+        tried_sizes=search_rows(search) if search is not None else [],
+        search_headers=SEARCH_HEADERS,
+        layers=layers,
+        unfolded=len(plan.layers) <= _MOST_UNFOLDED,
+        times=times,
+        measured_alone=measured_alone(plan.layers),
+        planned_for=plan.device,
+        bits_note=BITS_NOTE if quantizes(plan.layers) else None,
+        error_name=plan.error_name,
+        started=bool(started_layers(plan.layers)),
+        edges=any(row.ranks is not None and row.ranks.edge is not None for row in layers.rows),
+        bounds=any(row.ranks is not None and row.ranks.bound is not None for row in layers.rows),
+        epsilon=f"{EPSILON:g}",
+        comparisons=compression_rows(compression),
         evaluation=evaluation,
         timed_on=timed_on(compression),
-        bits_note=BITS_NOTE if quantizes(plan.layers) else None,
-        planned_for=plan.device,
-        measured_alone=measured_alone(plan.layers),
         measured_count=None if evaluation is None else count_words(evaluation),
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
-        points=points,
-        better=None if compression.better_uniform is None else str(compression.better_uniform),
-        curve=None
-        if compression.curve is None
-        else Markup(curve_figure(compression.curve, points, plan.eligible_before)),
-        tried=None
-        if plan.search is None
-        else Markup(search_figure(plan.search, eligible=plan.eligible_before, limit=limit)),
-        sizes=Markup(sizes_figure(plan.layers)),
-        ranks=Markup(ranks_figure(plan.layers, [marks[layer.name] for layer in plan.layers])),
-        edges=any(mark.edge is not None for mark in marks.values()),
-        epsilon=f"{EPSILON:g}",
-        bounds=any(mark.bound is not None for mark in marks.values()),
-        layers=[
-            {
-                "name": _breakable(one_line(layer.name)),
-                "shape": format_shape(layer.shape),
-                "kind": layer.kind,
-                "started": layer.name in started,
-                "rank": rank_words(layer),
-                "form": form_words(layer),
-                "bits": bits_words(layer),
-                "kept": format_percent(layer.parameters, layer.parameters_before),
-                "error": error_words(layer.error, 4),
-                "times": [_time(ratio) for ratio in slowest_times(layer)[: 1 + measured_alone(plan.layers)]],
-                "reason": layer.reason,
-                "marks": _mark_words(marks[layer.name]),
-                "spectrum": Markup(
-                    spectrum_figure(
-                        compression.spectra[layer.name],
-                        layer.truncated_to,
-                        marks[layer.name],
-                        prefix=f"s{number}",
-                        whole=whole.get(layer.name),
-                    )
-                )
-                if layer.name in compression.spectra
-                else None,
-            }
-            for number, layer in enumerate(plan.layers)
-        ],
     )
+
+
+# More layers than these are folded into their blocks when the page opens.
+_MOST_UNFOLDED = 60
+
+# Rows of the table of other sizes.
+_LISTED_SIZES = 12
+
+
+def _part(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """By which the page allows its own script and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _tiles(compression: Compression) -> Iterator[Comparison]:
+    """Size, quality and speed before and after; what was not measured is said to be so."""
+    rows = compression_rows(compression)
+    yield replace(next(row for row in rows if row.label == "weight files"), label="size of the weight files")
+    evaluation, calibration = compression.evaluation, compression.plan.calibration
+    if evaluation is not None:
+        quality = next(row for row in rows if row.label == evaluation.metric)
+        yield replace(quality, label=f"{evaluation.metric} on {evaluation.data}")
+    elif calibration is not None:
+        lost = f"{calibration.holdout_loss:+.2g}"
+        yield Comparison("quality on the holdout of the calibration", "", lost, loss_name(calibration.unit))
+    else:
+        yield Comparison("quality", "", "not measured", "pass --data to have it measured")
+    timed = [row for row in rows if row.label.startswith("latency, ")]
+    predicted = compression.latency_changes
+    if timed:
+        yield from timed[:2]
+    elif predicted:
+        worst = max(predicted, key=lambda each: each.ratio)
+        words = f"{worst.ratio:.2f} x the time"
+        where = f"predicted for {worst.predicted_on}"
+        yield Comparison(f"latency of the layers, {worst.workload}", "", words, where, worst.change)
+    else:
+        yield Comparison("speed", "", "not measured", "pass --data, or ask for it with --prefer speed")
+
+
+def _facts(compression: Compression) -> Iterator[tuple[str, str]]:
+    """How the model was made, with labels."""
+    plan = compression.plan
+    yield from base_facts(compression)
+    if (widths := widths_words(compression)) is not None:
+        yield "bits", widths
+    if (squeezed := squeezed_words(plan)) is not None:
+        yield "already", squeezed
+    yield from ((label or "", words) for label, words in initial_facts(plan))
+    if plan.calibration is not None:
+        yield "calibration", calibration_words(plan.calibration)
+    if plan.search is not None:
+        yield "search", search_words(plan.search)
+    if compression.command:
+        yield "command", compression.command
+    yield "took", f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
+
+
+def _curve_words(unit: str) -> str:
+    if unit == "relative error":
+        return "what the allocation gives at other sizes: the relative error of the layers, root mean square"
+    return f"what the allocation is predicted to lose at other sizes: {loss_name(unit)}, to second order"
+
+
+def _listed_sizes(sizes: OtherSizes) -> list[OtherSize]:
+    step = max(1, len(sizes.sizes) // _LISTED_SIZES)
+    return list(sizes.sizes[::step])
+
+
+def _sizes_json(compression: Compression, sizes: OtherSizes, plot: Plot) -> str:
+    """What the slider shows, as JSON that cannot end its script element."""
+    unit = "" if compression.curve is None else compression.curve.unit
+    content = {
+        "before": compression.bytes.before,
+        "sizes": [
+            each.to_dict(unit) | {"x": plot.x.place(each.bytes), "y": plot.y.place(each.loss)} for each in sizes.sizes
+        ],
+    }
+    return script_text(content)
+
+
+def script_text(content: dict[str, Any]) -> str:
+    """JSON that cannot end its script element, whatever names a checkpoint contains."""
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _breakable(name: str) -> str:
@@ -199,11 +269,6 @@ def _breakable(name: str) -> str:
     from markupsafe import Markup
 
     return Markup(".<wbr>").join(name.split("."))
-
-
-def _time(ratio: float | None) -> tuple[str, Change | None]:
-    """A layer's time over that of the dense one."""
-    return ("-", None) if ratio is None else (f"{ratio:.2f}", LatencyChange("", ratio).change)
 
 
 def _portable(compression: Compression) -> Compression:
@@ -225,34 +290,6 @@ def _listed(value: object) -> object:
     if not isinstance(value, tuple):
         return value
     return ", ".join(f"{e[0]}: {e[1]:g}" if isinstance(e, tuple) else str(e) for e in value) or "none"
-
-
-def _marks(compression: Compression) -> dict[str, RankMarks]:
-    """The marks beside the ranks of every layer in the plan.
-
-    The recipe says nothing about the matrix that a spatial pair factorizes.
-    """
-    from compressor.report.figures import RankMarks
-
-    measured = {each.layer.name: each for each in compression.inspected}
-    marks = {}
-    for layer in compression.plan.layers:
-        spectrum, each = compression.spectra.get(layer.name), measured.get(layer.name)
-        sides = layer.shape if each is None else each.layer.block_shape
-        mark = RankMarks(full=min(sides) if spectrum is None else len(spectrum))
-        if each is not None and not has_own_errors(layer.form):
-            start, window = each.initialization, each.window
-            if start is not None:
-                mark = replace(mark, edge=start.edge, above_edge=start.above_edge)
-            if window is not None and window.vacuous is False:
-                mark = replace(mark, bound=window.rank_bound)
-        marks[layer.name] = mark
-    return marks
-
-
-def _mark_words(mark: RankMarks) -> str:
-    above = [] if mark.above_edge is None else [f"{mark.above_edge} above the edge"]
-    return ", ".join([*above, *([] if mark.bound is None else [f"bound {mark.bound}"])])
 
 
 def _hyperparameters(recipe: TrainingRecipe) -> list[dict[str, Any]]:

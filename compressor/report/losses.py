@@ -1,65 +1,78 @@
-"""The losses of a compression, predicted and measured: the points of the curve of loss over size."""
+"""The losses of a compression, predicted and measured: the points beside the curve of loss over size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from compressor.report.plot import Shape
 
 if TYPE_CHECKING:
+    from compressor.evaluation import UniformQuantization
     from compressor.results import Compression
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One loss at one size: how it was found, and how it is drawn.
+    """One loss at one size of the weight files, in the unit of the curve, and whether it was measured or predicted.
 
-    `parameters` are the stored numbers of the eligible layers, and `loss` is in the unit of the curve. `marker` is
-    matplotlib's name of the shape, and `symbol` a character that looks like it.
+    `name` is what stands beside it in the plot, and `of` tells this model from other tools' quantizations of it.
     """
 
     label: str
-    parameters: int
+    bytes: int
     loss: float
-    marker: str
-    symbol: str
+    measured: bool
+    shape: Shape
+    name: str = ""
+    of: Literal["ours", "others"] = "ours"
 
     @property
     def words(self) -> str:
-        """The loss in figures, and whether a logarithmic axis leaves it out."""
-        return f"{self.loss:.3g}" + ("" if self.loss > 0 else ", not above zero, so not drawn")
+        """The loss in figures, and that a logarithmic axis has no place for one that is not above zero."""
+        return f"{self.loss:.3g}" + ("" if self.loss > 0 else ", not above zero: at the lower edge")
 
 
 def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
-    """The predicted loss of the plan and its measured losses, if they are in the unit of the curve."""
+    """The predicted loss of the plan and the losses measured in the unit of the curve; its own first."""
     from compressor.planning import plan_loss
 
     plan, curve, evaluation = compression.plan, compression.curve, compression.evaluation
     if curve is None:
         return ()
-    size, calibration = plan.eligible_after, plan.calibration
-    predicted = None if calibration is None else calibration.predicted_loss
-    said = "of the ranks chosen" if curve.unit == "relative error" else "predicted for the ranks chosen"
-    points = [CurvePoint(said, size, plan_loss(curve, plan.layers, predicted), "o", "●")]
-    if calibration is not None:
-        label = f"measured on the {calibration.holdout} holdout examples"
-        points.append(CurvePoint(label, size, calibration.holdout_loss, "^", "▲"))
-    before = None if evaluation is None else evaluation.baseline_loss
-    after = None if evaluation is None else evaluation.compressed_loss
-    if curve.unit == "nats per prediction" and evaluation is not None and before is not None and after is not None:
-        change = after - before
-        if math.isfinite(change):
-            points.append(CurvePoint(f"measured on {evaluation.data}", size, change, "s", "■"))
-    return (*points, *_uniform_points(compression, in_errors=curve.unit == "relative error"))
+    size, calibration = compression.bytes.after, plan.calibration
+    if curve.unit == "relative error":
+        points = [CurvePoint("this model", size, plan_loss(curve, plan.layers, None), True, "circle")]
+        return (*points, *_uniform_points(compression, on="weights"))
+    assert calibration is not None, "losses are in this unit by calibration alone"
+    points = [
+        CurvePoint("this model, predicted", size, calibration.predicted_loss, False, "circle"),
+        CurvePoint(
+            f"this model, measured on the {calibration.holdout} holdout examples",
+            *(size, calibration.holdout_loss, True, "up"),
+        ),
+    ]
+    change = compression.losses.on_data
+    on_data = curve.unit == "nats per prediction" and change is not None and math.isfinite(change)
+    if on_data and change is not None and evaluation is not None:
+        points.append(CurvePoint(f"this model, measured on {evaluation.data}", size, change, True, "square"))
+    return (*points, *_uniform_points(compression, on="data" if on_data else "holdout"))
 
 
-def _uniform_points(compression: Compression, *, in_errors: bool) -> Iterator[CurvePoint]:
-    """What int8 and int4 of the same model lose."""
+def _uniform_points(compression: Compression, *, on: Literal["weights", "holdout", "data"]) -> Iterator[CurvePoint]:
+    """What int8 and int4 of the same model lose: on the data those that were measured there, else on the holdout."""
+    dense = compression.losses.dense_loss
     for each in compression.uniform:
-        loss = each.error if in_errors else each.holdout_loss
-        if loss is None or not math.isfinite(loss):
-            continue
-        marker, symbol = ("D", "◆") if each.method == "GPTQ" else ("v", "▼")
-        label = f"{each.name} of all layers, {each.method}"
-        yield CurvePoint(label, each.parameters, loss, marker, symbol)
+        loss, where = (each.error, "") if on == "weights" else (each.holdout_loss, ", on the holdout")
+        if on == "data" and each.loss is not None and dense is not None:
+            loss, where = each.loss - dense, f", on {compression.losses.data}"
+        if loss is not None and math.isfinite(loss):
+            yield _uniform_point(each, loss, where)
+
+
+def _uniform_point(each: UniformQuantization, loss: float, where: str) -> CurvePoint:
+    shape: Shape = "diamond" if each.method == "GPTQ" else "down"
+    label = f"{each.name} of all layers, {each.method}{where}"
+    return CurvePoint(label, each.bytes, loss, True, shape, each.name, "others")

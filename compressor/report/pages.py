@@ -95,7 +95,7 @@ def compression_page(compression: Compression) -> Page:
         VerdictLine(compression.verdict.remarks),
         Facts.of(
             ("model", compression.source),
-            *_base_facts(compression),
+            *base_facts(compression),
             *recipe_facts(compression.recipe),
             *_left_out_facts(compression),
             ("budget", budget_words(plan.budget)),
@@ -175,7 +175,7 @@ def _tensors(count: int) -> str:
     return f"{count} tensor" if count == 1 else f"{count} tensors"
 
 
-def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
+def base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     """The base of a fine-tune, and how the difference is stored."""
     fine_tune = compression.fine_tune
     if fine_tune is None:

@@ -324,12 +324,20 @@ def calibration_words(result: CalibrationResult) -> str:
     )
 
 
-def loss_axis(unit: str) -> str:
-    """The label of the axis of losses."""
+def loss_name(unit: str) -> str:
+    """What a loss in a unit of the curve is called."""
     return {
-        "nats per prediction": "loss increase, nats",
-        "half the squared change of the outputs": "half the squared change of outputs",
+        "nats per prediction": "loss increase, nats per prediction",
+        "relative error": "relative error of the layers",
     }.get(unit, unit)
+
+
+def loss_words(loss: float, unit: str) -> str:
+    """A loss of the curve, which without data is no prediction of a loss."""
+    if unit == "relative error":
+        return f"relative error {loss:.3g} of the layers"
+    said = f"loss increase {loss:.3g} {unit}" if unit == "nats per prediction" else f"{unit} {loss:.3g}"
+    return f"predicted {said}"
 
 
 def drop_words(metric: str, drop: float, higher_is_better: bool | None = None) -> str:

@@ -19,7 +19,7 @@ from compressor.calibration import CalibrationData, split_examples
 from compressor.data import Batch, Sample, open_data
 from compressor.data.objects import MOST_WITHOUT_LENGTH
 from compressor.planning import CalibrationResult
-from compressor.report.wording import calibration_words, loss_axis
+from compressor.report.wording import calibration_words, loss_name
 
 torch.set_num_threads(1)
 
@@ -135,7 +135,7 @@ def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labeled: bool) -
     assert calibration.unit == found.curve.unit == found.to_dict()["calibration"]["unit"] == unit
     assert unit in calibration_words(calibration)
     assert ("nats" in calibration_words(calibration)) == labeled
-    assert ("nats" in loss_axis(found.curve.unit)) == labeled
+    assert ("nats" in loss_name(found.curve.unit)) == labeled
     named = {"predicted_loss", "holdout_loss"} if labeled else {"predicted_output_change", "holdout_output_change"}
     assert {name for name in found.metrics() if name.startswith(("predicted", "holdout"))} == named
 

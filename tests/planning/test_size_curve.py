@@ -51,6 +51,9 @@ def test_every_point_is_what_the_allocation_loses_at_that_size(
         assert sum(plan.parameters for plan in plans) <= size
         predicted = predicted_loss(layers, plans) if calibrated else None
         assert plan_loss(curve, plans, predicted) == pytest.approx(loss, rel=1e-6, abs=1e-12)
+    for size, stored in zip(curve.parameters, curve.layers, strict=True):
+        numbers = (int(m.numbers(each.form, each.rank)) for m, each in zip(layers, stored, strict=True))
+        assert sum(numbers) == size if calibrated else sum(numbers) <= size
 
 
 @settings(max_examples=30)

@@ -53,9 +53,9 @@ def surfaces(result: Compression) -> dict[str, dict[str, str]]:
         shown[name] = {layer["name"]: error_words(layer["error"], 4) for layer in layers}
     card = (Path(result.output) / "README.md").read_text()
     shown["card"] = dict(re.findall(r"^\| `([^`]+)` \|(?: [^|]+ \|){4} ([^ |]+) \|", card, re.MULTILINE))
-    rows = re.findall(r'<td class="name">(.*?)</td>(.*?)</tr>', report_page(result))
+    rows = re.findall(r'<tr class="layer".*?<th[^>]*>(.*?)</th>(.*?)</tr>', report_page(result))
     cells = {name.replace("<wbr>", ""): re.findall(r">([^<>]*)</td>", row) for name, row in rows}
-    shown["report"] = {name: row[5] for name, row in cells.items()}
+    shown["report"] = {name: row[-3] for name, row in cells.items()}
     return shown
 
 

@@ -26,7 +26,7 @@ def test_int8_and_int4_are_points_of_the_curve() -> None:
     points = {point.label: point for point in curve_points(found)}
     for each in found.uniform:
         point = points[f"{each.name} of all layers, round to nearest"]
-        assert (point.parameters, point.loss) == (each.parameters, each.error)
+        assert (point.bytes, point.loss, point.measured) == (each.bytes, each.error, True)
     calibrated = [UniformQuantization(4, "GPTQ", 10, 20, holdout_loss=0.1)]
     assert len(curve_points(replace(found, uniform=tuple(calibrated)))) == len(points) - 2  # in another unit
 

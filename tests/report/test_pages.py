@@ -90,7 +90,7 @@ def test_nothing_is_said_of_time_where_speed_was_not_asked_for() -> None:
 def test_the_report_has_both_times_and_what_is_slower_is_red() -> None:
     slow = (WorkloadLatency("batch 1", Times(1.0, 0.7), Times(1.0, 1.4)), WorkloadLatency("batch 32", Times(1.0, 0.9)))
     page = report_page(planned(slow))
-    assert '<td class="number">0.90</td><td class="number worse">1.40</td>' in page
+    assert '<td class="n">0.90</td><td class="n worse">1.40</td>' in page
 
 
 def test_no_measured_time_is_spoken_of_where_none_was_measured() -> None:

@@ -6,22 +6,23 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from playwright.sync_api import Browser
 from safetensors.torch import save_file
 
 import compressor
-from compressor.planning import Budget, CalibrationResult, DropSearch, SizeCurve, Trial
+from compressor.formatting import format_size
+from compressor.planning import Budget, CalibrationResult, DropSearch, Trial
 from compressor.report import write_report
-from compressor.report.figures import RankMarks, curve_figure, ranks_figure
 from compressor.report.html import report_page
-from compressor.report.losses import curve_points
+from compressor.report.layer_groups import in_natural_order
+from compressor.report.other_sizes import other_sizes
 from compressor.results import Compression
 from tests.report.browsing import OpenedPage, contrast, in_browser
+from tests.report.many_layers import many_layers
 
-PHONE, DESK = 380, 1280
+PHONE, TABLET, DESK = 380, 800, 1280
 
 
 @pytest.fixture(scope="module")
@@ -84,43 +85,22 @@ def test_an_edge_and_a_bound_are_told_and_drawn_where_they_are_known(compression
     for layer in compression.inspected:
         assert layer.window is not None
         assert layer.window.vacuous is False
-        words = f"{layer.initialization.above_edge} above the edge, bound {layer.window.rank_bound}"
-        assert page.count(words) >= 1
-    assert page.count("var(--edge)") > len(compression.inspected)
-    assert page.count("var(--bound)") > len(compression.inspected)
+        assert f"{layer.initialization.above_edge} above the edge, bound {layer.window.rank_bound}" in page
+    layers = len(compression.inspected)
+    assert page.count('<path class="e"') == page.count('<path class="m"') == layers
+    assert len(re.findall(r'class="bar" style="[^"]*;--e:[\d.]+;--m:[\d.]+"', page)) == layers
     unknown = report_page(replace(compression, inspected=()))
-    assert "var(--edge)" not in unknown.partition("</style>")[2]
+    assert '<path class="e"' not in unknown
     assert "memory window" not in unknown
 
 
 @pytest.mark.slow
-def test_the_losses_predicted_and_measured_are_told_and_one_that_has_no_logarithm_is_not_drawn(
-    calibrated: Compression,
-) -> None:
+def test_the_losses_predicted_and_measured_are_told_apart(calibrated: Compression) -> None:
     page = report_page(calibrated)
-    assert "predicted for the ranks chosen:\n 0.02" in page
-    assert "measured on the 32 holdout examples:\n 0.05" in page
-    assert calibrated.curve is not None
-    points = curve_points(calibrated)
-    negative = [replace(point, loss=-0.01) for point in points]
-    drawn, without = (curve_figure(calibrated.curve, given, 1000).count("var(--after)") for given in (points, negative))
-    assert drawn > without
-    assert "not above zero" in negative[0].words
-
-
-def test_a_curve_without_loss_has_a_figure() -> None:
-    assert curve_figure(SizeCurve((64,), (0.0,), "nats per prediction"), (), 64).startswith("<svg")
-
-
-def test_bars_of_ranks_are_in_proportion_to_the_ranks(compression: Compression) -> None:
-    layers = compression.plan.layers
-    svg = ranks_figure(layers, [RankMarks(full=48) for _ in layers])
-    widths: dict[str, list[float]] = {}
-    for outline, color in re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--(before|after)\)', svg):
-        across = [float(x) for x, _ in re.findall(r"[ML] (\S+) (\S+)", outline)]
-        widths.setdefault(color, []).append(max(across) - min(across))
-    shares = np.array(widths["after"]) / np.array(widths["before"])
-    np.testing.assert_allclose(shares, [(layer.rank or 48) / 48 for layer in layers], rtol=1e-4)
+    assert "this model, predicted: 0.02" in page
+    assert "this model, measured on the 32 holdout examples: 0.05" in page
+    [predicted] = re.findall('<span class="mark ours predicted[^>]*aria-label="([^"]*)"', page)
+    assert predicted.startswith("this model, predicted")
 
 
 # The browser
@@ -133,46 +113,176 @@ def path(calibrated: Compression, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of 80 layers in 20 blocks."""
+    path = tmp_path_factory.mktemp("many") / "report.html"
+    path.write_text(report_page(many_layers(80)))
+    return path
+
+
 @in_browser
 def test_one_file_is_asked_for_and_nothing_goes_wrong(browser: Browser, path: Path) -> None:
     opened = OpenedPage(browser, path)
     assert opened.requests == [path.as_uri()]
     assert opened.errors == []
-    assert opened.page.locator("svg").count() == 4 + 7
+    assert opened.page.locator("svg.spectrum").count() == 7
     opened.context.close()
 
 
 @in_browser
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_nothing_is_wider_than_the_screen_but_what_can_be_scrolled(browser: Browser, path: Path, width: int) -> None:
-    opened = OpenedPage(browser, path, width)
+@pytest.mark.parametrize("width", [PHONE, TABLET, DESK])
+@pytest.mark.parametrize("of", ["path", "many"])
+def test_nothing_is_wider_than_the_screen_but_what_can_be_scrolled(
+    browser: Browser, request: pytest.FixtureRequest, *, width: int, of: str
+) -> None:
+    opened = OpenedPage(browser, request.getfixturevalue(of), width)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width
-    boxes = opened.page.locator("h1, h2, p, figure, figure svg, .scroll").evaluate_all(
-        "all => all.map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
-    )
-    assert len(boxes) > 20
+    boxes = opened.page.locator(
+        "h1, h2, p, figure, .plot, .tick, .mark i, .tiles div, .scroll, .controls"
+    ).evaluate_all("all => all.map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])")
+    assert len(boxes) > 30
     assert all(left >= 0 and right <= width for left, right in boxes)
+    # What is said of a point stays on the screen too.
+    for mark in opened.page.locator(".mark").all():
+        mark.focus()
+        tip = mark.locator(".tip").bounding_box()
+        assert tip is not None
+        assert tip["x"] >= 0
+        assert tip["x"] + tip["width"] <= width
     opened.context.close()
 
 
 @in_browser
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_labels_of_figures_are_large_enough_and_apart(browser: Browser, path: Path, width: int) -> None:
+def test_labels_of_axes_are_large_enough_and_apart(browser: Browser, path: Path, width: int) -> None:
     opened = OpenedPage(browser, path, width)
-    figures = opened.page.locator("svg").evaluate_all(
-        """all => all.map(svg => Array.from(svg.querySelectorAll('text')).map(text => {
-            const box = text.getBoundingClientRect();
-            const size = parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a;
-            return [text.textContent.trim(), size || Infinity, box.left, box.top, box.right, box.bottom];
+    areas = opened.page.locator(".area").evaluate_all(
+        """all => all.map(area => Array.from(area.querySelectorAll('.tick, .axis')).map(e => {
+            const box = e.getBoundingClientRect();
+            return [e.textContent, parseFloat(getComputedStyle(e).fontSize), box.left, box.top, box.right, box.bottom];
         }))"""
     )
-    assert sum(map(len, figures)) > 40
-    for labels in figures:
+    assert len(areas) == 2
+    for labels in areas:
+        assert len(labels) > 6
         for i, (name, size, *box) in enumerate(labels):
-            assert size >= 9, name
+            assert size >= 11, name
             for other, _, *its in labels[:i]:
                 apart = box[2] <= its[0] or its[2] <= box[0] or box[3] <= its[1] + 1 or its[3] <= box[1] + 1
                 assert apart, (name, other)
+    titles = opened.page.locator(".axis").all_inner_texts()
+    assert len(titles) == 4
+    assert "weight files, kB" in titles
+    opened.context.close()
+
+
+@in_browser
+def test_bars_are_as_long_as_their_numbers_say(browser: Browser, path: Path, calibrated: Compression) -> None:
+    opened = OpenedPage(browser, path)
+    places = opened.page.locator("#layers .layer .bar").evaluate_all(
+        """all => all.map(e => {
+            const sizes = getComputedStyle(e).backgroundSize;
+            const shares = Array.from(sizes.matchAll(/([0-9.]+)%[)]/g), found => parseFloat(found[1]));
+            return [...shares, e.getBoundingClientRect().width];
+        })"""
+    )
+    layers = in_natural_order(calibrated.plan.layers)
+    largest = max(layer.parameters_before for layer in layers)
+    for layer, rank, size in zip(layers, places[::2], places[1::2], strict=True):
+        assert rank[0] == pytest.approx(100 * (layer.truncated_to or 48) / 48, abs=0.1)
+        assert size[0] == pytest.approx(100 * layer.parameters / largest, abs=0.1)
+        assert size[1] == pytest.approx(100 * layer.parameters_before / largest, abs=0.1)
+        assert size[2] > 50
+    opened.context.close()
+
+
+@in_browser
+def test_the_slider_and_the_pointer_show_other_sizes(browser: Browser, path: Path, calibrated: Compression) -> None:
+    sizes = other_sizes(calibrated)
+    assert sizes is not None
+    opened = OpenedPage(browser, path)
+    slider, output = opened.page.get_by_role("slider"), opened.page.locator("output")
+    assert output.inner_text().startswith("this model: ")
+    slider.focus()
+    opened.page.keyboard.press("Home")
+    least = sizes.sizes[0]
+    assert output.inner_text().startswith(format_size(least.bytes))
+    assert f"{least.loss:.3g} nats per prediction" in output.inner_text()
+    assert opened.page.locator("code.whole").inner_text() == least.command
+    shown = opened.page.locator("#sizes tbody tr").evaluate_all(
+        "rows => rows.map(row => [row.cells[2].textContent, row.cells[3].textContent])"
+    )
+    assert shown == [[kind.ranks, kind.bits] for kind in least.kinds]
+    assert slider.get_attribute("aria-valuetext") == output.inner_text()
+    area = opened.page.locator("#losses").bounding_box()
+    assert area is not None
+    opened.page.mouse.move(area["x"] + area["width"] - 2, area["y"] + 9)
+    assert output.inner_text().startswith(format_size(sizes.sizes[-1].bytes))
+    opened.context.close()
+
+
+@in_browser
+def test_layers_are_folded_grouped_sorted_and_searched(browser: Browser, many: Path) -> None:
+    opened = OpenedPage(browser, many)
+    page = opened.page
+    shown = page.locator("#layers tr.layer:visible")
+    heads = page.locator("#layers .group:visible th")
+    # More than fit on a screen are folded into their blocks, 2 before 10.
+    assert shown.count() == 0
+    assert [text.strip() for text in heads.all_inner_texts()] == [f"model.decoder.layers.{i}" for i in range(20)]
+    page.get_by_role("checkbox", name="Show the layers of model.decoder.layers.2", exact=True).check()
+    assert shown.count() == 4
+    page.get_by_role("button", name="Fold all").click()
+    page.get_by_label("Search").fill("layers.11.mlp")
+    assert shown.count() == 2
+    assert page.locator("#found").inner_text() == "2 of 80 layers"
+    page.get_by_label("Search").fill("")
+    page.get_by_label("Group by").select_option("none")
+    assert shown.count() == 80
+    page.get_by_role("button", name="relative loss error").click()
+    errors = [float(text) for text in page.locator("#layers tr.layer td:nth-child(8)").all_inner_texts()]
+    assert errors == sorted(errors)
+    page.get_by_role("button", name="relative loss error").click()
+    assert [float(text) for text in page.locator("#layers tr.layer td:nth-child(8)").all_inner_texts()] == errors[::-1]
+    assert page.locator("[aria-sort=descending]").count() == 1
+    page.get_by_role("button", name="layer", exact=True).click()
+    names = page.locator("#layers tr.layer th").all_inner_texts()
+    blocks = [int(name.split(".")[3]) for name in names]
+    assert blocks == sorted(blocks)
+    page.get_by_label("Group by").select_option("kind")
+    assert heads.count() < 20
+    opened.context.close()
+
+
+@in_browser
+def test_a_spectrum_can_be_enlarged(browser: Browser, path: Path) -> None:
+    opened = OpenedPage(browser, path)
+    button = opened.page.locator("#layers .pictured").first
+    button.press("Enter")
+    assert button.get_attribute("aria-expanded") == "true"
+    detail = opened.page.locator("#layers .detail")
+    assert "singular value over the largest" in detail.inner_text()
+    box = detail.locator("svg").bounding_box()
+    assert box is not None
+    assert box["height"] > 200
+    button.press("Enter")
+    assert detail.count() == 0
+    opened.context.close()
+
+
+@in_browser
+def test_all_is_there_without_the_script(browser: Browser, many: Path) -> None:
+    opened = OpenedPage(browser, many, java_script_enabled=False)
+    page = opened.page
+    assert page.locator("#layers tr.layer").count() == 80
+    page.locator("#layers .group input").first.check()
+    assert page.locator("#layers tr.layer:visible").count() == 4
+    page.locator("summary").click()
+    assert page.get_by_role("region", name="Other sizes").locator("tr:visible").count() > 10
+    assert page.get_by_role("slider").count() == 0
+    page.emulate_media(media="print")
+    assert page.locator("#layers tr.layer:visible").count() == 80
     opened.context.close()
 
 
@@ -184,55 +294,50 @@ def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path
         color = opened.page.evaluate(
             "names => Object.fromEntries(names.map("
             "n => [n, getComputedStyle(document.documentElement).getPropertyValue('--' + n)]))",
-            ["paper", "ink", "quiet", "before", "after", "edge", "bound"],
+            ["paper", "card", "ink", "quiet", "before", "after", "edge", "bound", "worse"],
         )
         # WCAG 2.1: 4.5 for text, which marks are explained in too, and 3 for what a figure is understood by.
-        assert min(contrast(color[name], color["paper"]) for name in ("ink", "quiet", "after", "edge", "bound")) > 4.5
-        assert contrast(color["before"], color["paper"]) >= 3
-        shown = opened.page.locator("svg text").first.evaluate("e => getComputedStyle(e).fill")
-        seen.append((color["paper"], shown))
+        for under in ("paper", "card"):
+            read = ("ink", "quiet", "edge", "bound", "worse")
+            assert min(contrast(color[name], color[under]) for name in read) > 4.5
+            assert min(contrast(color[name], color[under]) for name in ("before", "after")) >= 2.9
+        seen.append((color["paper"], opened.page.locator("h1").evaluate("e => getComputedStyle(e).color")))
+        opened.page.emulate_media(media="print")
+        assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         opened.context.close()
     assert all(light != dark for light, dark in zip(*seen, strict=True))
 
 
 @in_browser
-def test_what_is_too_wide_can_be_reached_named_and_scrolled_from_the_keyboard(browser: Browser, path: Path) -> None:
+def test_what_can_be_scrolled_or_pointed_at_is_reached_by_keyboard_and_named(browser: Browser, path: Path) -> None:
     opened = OpenedPage(browser, path, PHONE)
-    regions = opened.page.get_by_role("region")
-    names = regions.evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
-    assert len(set(names)) == len(names) == opened.page.locator(".scroll").count() > 3
+    regions = opened.page.locator(".scroll").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    marks = opened.page.locator(".mark").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    assert len(set(regions)) == len(regions) > 4
+    assert len(set(marks)) == len(marks) > 4
     reached = []
-    for _ in names:
+    for _ in range(100):
         opened.page.keyboard.press("Tab")
         reached.append(opened.page.evaluate("document.activeElement.getAttribute('aria-label')"))
         assert opened.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    assert reached == names
-    ranks = opened.page.get_by_role("region", name="Rank of every layer")
-    ranks.focus()
-    opened.page.keyboard.press("ArrowRight")
-    # From here, since the page allows no evaluation of text.
-    for _ in range(200):
-        scrolled = opened.page.evaluate("document.activeElement.scrollLeft")
-        if scrolled > 0:
+        if reached[-1] == "Training recipe":
             break
-        opened.page.wait_for_timeout(20)
-    assert scrolled > 0
+    # The table in what is not unfolded is not reached.
+    assert {*regions, *marks} - {*reached} == {"Other sizes"}
     opened.context.close()
 
 
 @in_browser
 def test_figures_have_names_and_headings_are_in_order(browser: Browser, path: Path) -> None:
     opened = OpenedPage(browser, path)
-    labels = opened.page.locator("svg").evaluate_all("all => all.map(e => [e.getAttribute('role'), e.ariaLabel])")
-    assert all(role == "img" and label for role, label in labels)
+    unnamed = opened.page.locator("svg:not([aria-label]):not([aria-hidden])")
+    assert unnamed.count() == 0
     assert opened.page.locator("h1").count() == 1
     assert opened.page.locator("h2").all_inner_texts() == [
-        "Before and after",
         "Loss against size",
-        "Stored parameters of every layer",
-        "Rank of every layer",
-        "Singular values",
         "Layers",
+        "Before and after",
+        "How it was made",
         "Training recipe",
     ]
     opened.context.close()

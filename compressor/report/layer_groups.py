@@ -1,0 +1,49 @@
+"""Which layers belong together: by the block that they are in, and by what they are in it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from compressor.planning import LayerPlan
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+def in_natural_order(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """The layers by name, with 2 before 10."""
+    return sorted(layers, key=lambda layer: [_part(part) for part in _NUMBER.split(layer.name)])
+
+
+def _part(part: str) -> tuple[int, str]:
+    return (int(part), part) if part.isdecimal() else (0, part)
+
+
+def block_of(name: str) -> str:
+    """The block of a layer: its name up to the first part that is a number; empty where that is its last part."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
+def blocks_of(layers: Sequence[LayerPlan]) -> list[str] | None:
+    """The block of every layer; None where no block has two of them, so that blocks say nothing."""
+    blocks = [block_of(layer.name) for layer in layers]
+    several = (count > 1 for block, count in Counter(blocks).items() if block)
+    return blocks if any(several) else None
+
+
+def kinds_of(layers: Sequence[LayerPlan], *, most: int = 24) -> list[str]:
+    """What every layer is: its name with stars for its numbers, or where that says nothing, whether it is linear."""
+    patterns = [_pattern(layer.name) for layer in layers]
+    different = set(patterns)
+    telling = len(different) <= most and 2 * len(different) <= len(layers) and different != {"*"}
+    return patterns if telling else [layer.kind for layer in layers]
+
+
+def _pattern(name: str) -> str:
+    """A name with stars for the numbers of blocks: those that end a part, and a last part that is one."""
+    *parts, last = name.split(".")
+    stars = (re.sub(r"\d+$", "*", part) for part in parts)
+    return ".".join([*stars, "*" if last.isdecimal() else last])
