@@ -260,7 +260,8 @@ class _ConsoleHandler(logging.Handler):
             from compressor.api.flags import with_flags
             from compressor.formatting import one_line
 
-            line = one_line(with_flags(f"{record.levelname.lower()}: {record.getMessage()}"))
+            level = f"{record.levelname.lower()}: " if record.levelno >= logging.INFO else ""
+            line = one_line(with_flags(f"{level}{record.getMessage()}"))
             if self.console.is_terminal:
                 self.console.print(Text(line), soft_wrap=True)
             else:

@@ -554,6 +554,7 @@ def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, plac
     """
     eligible = [layer for layer in subject.layers if layer.eligible]
     first = None
+    logger.debug("%d layers are eligible; computed on %s", len(eligible), device_words(run.device))
     if eligible and data.calibration is not None:
         first = first_run(subject.streamed, eligible, data.calibration, device=run.device)
     size = model_size(subject.checkpoint, eligible, () if first is None else first.blocks)

@@ -275,7 +275,7 @@ class LayerTable:
         return _html_table(tuple(headers), self.shown)
 
     def reworded(self, change: Callable[[str], str]) -> Self:
-        return self
+        return replace(self, hint=change(self.hint))
 
 
 @dataclass(frozen=True)
