@@ -902,7 +902,7 @@ class MergeOptions(RankOptions, RunOptions, OutputOptions, ArchitectureOptions):
     also: ClassVar[Sequence[str]] = ("combine", "add")
     main: ClassVar[Sequence[str]] = ("output",)
     examples: ClassVar[Sequence[Example]] = (
-        Example("merge a.safetensors b.safetensors --mode concat -o both.safetensors", "two networks side by side"),
+        Example("merge a.safetensors b.safetensors --mode sum -o both.safetensors", "the weights of two networks"),
     )
 
     if TYPE_CHECKING:
