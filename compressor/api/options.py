@@ -730,9 +730,7 @@ class InspectOptions(
     also: ClassVar[Sequence[str]] = ("list", "list-layers", "layers", "info", "show", "ranks", "summary")
     examples: ClassVar[Sequence[Example]] = (
         Example("inspect model/", "how low the rank of each layer is"),
-        Example(
-            "inspect weights.pt --lr 0.1 --weight-decay 0.01 --optimizer sgd", "and what training left of its start"
-        ),
+        Example("inspect weights.pt --recipe train.yaml", "and what training left of its start"),
     )
 
     if TYPE_CHECKING:
