@@ -149,7 +149,8 @@ def test_narrow_numbers_stay_narrow_and_the_base_keeps_its_name(folder: Path, tm
     (narrow / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
     halves = {name: each.to(torch.bfloat16) for name, each in weights(folder / "lora").items()}
     save_file(halves, narrow / "adapter_model.safetensors", {"format": "pt"})
-    compress(narrow, base=folder / "base", output=tmp_path / "small", keep=0.5, calibration=folder / "calibration.npz")
+    asked: dict[str, Any] = {"base": folder / "base", "calibration": folder / "calibration.npz", "effort": "fast"}
+    compress(narrow, output=tmp_path / "small", keep=0.5, **asked)
     assert {each.dtype for each in weights(tmp_path / "small").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     assert divergence(folder, tmp_path / "small") < divergence_alone(folder, narrow, tmp_path / "alone")

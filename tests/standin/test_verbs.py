@@ -16,7 +16,10 @@ from tests.standin.networks import NETWORKS, Network
 
 pytestmark = pytest.mark.slow
 
-BRIEF = CalibrationSettings(refinement=RefinementSettings(passes=1, steps=2))
+# Of each kind of candidate two; int8 and int4 are compared on it by `balanced`, in `test_embeddings`.
+BRIEF = CalibrationSettings(
+    refinement=RefinementSettings(passes=1, steps=2), exponents=(1.0, 0.0), ridges=(1e-3, 1e-1), uniform=False
+)
 # What is asked of `compress`, but for the calibration.
 EFFORTS: dict[str, dict[str, Any]] = {
     "none": {},
