@@ -21,9 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
 demo: .venv/core
 	mkdir -p demo
-	$(BIN)/compress model_cards/digits-mlp/model.safetensors --output demo/digits-mlp-small.safetensors \
-	  --prefer speed --data builtin:digits --model model_cards/digits-mlp/train.py:build_model \
-	  --report demo/report.html --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/python examples/own_network.py --report demo/report.html
 
 test: .venv/dev
 	$(PYTEST)
