@@ -168,3 +168,32 @@ def test_on_a_terminal_there_is_one_bar_for_all_steps() -> None:
         assert len(progress._bars.tasks) == 1  # type: ignore[attr-defined]
     assert "measure" in shown.getvalue()
     assert "25%, about 60 s left" in shown.getvalue()
+
+
+def test_on_request_the_log_tells_how_long_each_step_took_and_what_was_decided(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger = logging.getLogger("compressor.calibration.candidates")
+    for asked, told in ((ShownOptions(verbose=True), True), (ShownOptions(), False)):
+        with shown_progress(asked) as progress:
+            assert progress is not None
+            progress("measure", 0, 2)
+            progress("measure", 2, 2)
+            logger.debug("refined: 0.1 instead of 0.2")
+        lines = capsys.readouterr().err.splitlines()
+        assert ("measure: 2 of 2, 0.0 s" in lines) == told
+        assert ("refined: 0.1 instead of 0.2" in lines) == told
+
+
+def test_a_bar_of_steps_that_were_not_announced_never_begins_again() -> None:
+    from rich.console import Console
+
+    with terminal._bars(Console(file=io.StringIO(), force_terminal=True), lambda: 0.0) as progress:
+        [task] = progress._bars.tasks  # type: ignore[attr-defined]
+        for done in range(3):
+            progress("measure", done, 2)
+        assert (task.completed, task.total) == (2, 2)
+        progress("evaluate", 0, 7)
+        # How far the whole is cannot be told, and is not.
+        assert task.total is None
+        assert task.fields["left"] == "0 of 7"
