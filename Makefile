@@ -60,7 +60,7 @@ types: .venv/dev
 	ln -s $(CURDIR)/compressor/* build/typed/compressor && ln -s $(CURDIR)/cli build/typed/compressor/cli
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
-# What is generated: the types of the keyword arguments, the reference page, the picture of the rooms, the tables of results.
+# What is generated: the types of the keyword arguments, the reference page, the picture of the rooms, the figures of results.
 docs: .venv/dev
 	$(BIN)/python -m compressor.api.reference
 	$(BIN)/python -m docs.design.rooms

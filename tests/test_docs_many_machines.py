@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 def commands(program: str) -> list[list[str]]:
     """The words of every call of a program, after it; those of a variable stand for a number."""
     entrypoints = [job["spec"]["entrypoint"] for job in map(yaml.safe_load, blocks("yaml"))]
-    lines = "\n".join([*blocks("bash"), *entrypoints]).replace("\\\n", " ").splitlines()
+    lines = "\n".join([*blocks("sh"), *entrypoints]).replace("\\\n", " ").splitlines()
     found = [line.partition(f"{program} ")[2] for line in lines if re.search(rf"^(srun .*)?{program} ", line.strip())]
     return [shlex.split(re.sub(r"\$\(\(.*?\)\)|\$\(.*?\)|\$\{?\w+\}?", "1", line.removesuffix("&"))) for line in found]
 
@@ -54,6 +54,6 @@ def test_ray_takes_its_options() -> None:
     assert {f"--{name}" for group in groups for name in group["rayStartParams"]} <= known
 
 
-@pytest.mark.parametrize("script", blocks("bash"))
+@pytest.mark.parametrize("script", blocks("sh"))
 def test_bash_takes_the_scripts(script: str) -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -1,52 +1,267 @@
-"""What stands in the pages runs: commands have options that exist, and Python compiles."""
+"""Every block of the pages runs: commands and Python in a folder where tiny models stand for the names in them.
+
+A block that cannot run here says why in a comment above it: `<!-- not run: REASON -->`. What a command printed is
+recorded (`docs/outputs.py`), and other text is marked too.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
+import runpy
 import shlex
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 import typer
+import yaml
 
 from compressor.cli.commands import app
 from compressor.cli.routes import route
+from compressor.cli.run import run
+from tests import page_models
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-OF_SHELLS = ("", "bash", "sh", "yaml")
+FENCE = re.compile(r"^( *)(```+)(\w*)$")
+MARK = re.compile(r"^<!-- (not run|output): *(.*?) *-->$")
+LANGUAGES = {"sh", "python", "yaml", "json", "text"}
+# What a word in capitals stands for, and where it stands for something else on one page.
+NAMES = {
+    "MODEL": "model",
+    "DATA": "train.txt",
+    "ADAPTER": "adapter-a",
+    "TUNED": "tuned",
+    "ORIGINAL": "original",
+    "SMALL": "model-compressed",
+    "CHECKPOINT": "untrained",
+    "A": "a.safetensors",
+    "B": "b.safetensors",
+}
+NAMES_ON = {"docs/adapters.md": {"A": "adapter-a", "B": "adapter-b"}}
+NAMES_IN_EXPORT = {"ADAPTER": "adapter-of-unet"}  # the names of others are those of diffusion models
+# As documented, but on fewer examples and with the least work, and in one worker.
+CHEAPER = {
+    "--calibration": ["--effort", "fast", "--calibration-samples", "8", "--calibration-length", "32", "--bits", "16"],
+    "--data": ["--data-samples", "16"],
+}
+SIZES = {"--keep", "--max-size"}
+LANGUAGE_MODELS = {"model", "model/"}
+FOLDERS = LANGUAGE_MODELS | {"model_cards/digits-vit", "model_cards/stdlib-llama"}
+# No layer as small as those here is faster as two, so that these commands write nothing, with exit status 3.
+OF_SPEED = {"speed", "--max-latency", "--target-device"}
 
 
-def blocks(*languages: str) -> Iterator[tuple[str, str]]:
-    for page in PAGES:
-        for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
-            if language in languages:
-                yield page.relative_to(ROOT).as_posix(), text
+@dataclass(frozen=True)
+class Block:
+    """A block of a page, and the mark above it."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    mark: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
 
 
-def commands() -> Iterator[tuple[str, str]]:
-    """Every call of `compress` in a block, without what is said beside it after two spaces or more, or a comment."""
-    for page, text in blocks(*OF_SHELLS):
-        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-            if line.startswith("compress "):
-                yield page, re.split(r"\s{2,}|\s#", line)[0]
+def blocks(page: Path) -> Iterator[Block]:
+    name = page.relative_to(ROOT).as_posix()
+    begun: tuple[str, int, str, list[str]] | None = None
+    above = ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = FENCE.match(line)
+        if begun is None and fence:
+            begun = (fence[2], number, fence[3], [])
+        elif begun is not None and line.strip() == begun[0]:
+            _, first, language, lines = begun
+            mark = MARK.match(above)
+            yield Block(name, first, language, "\n".join(lines) + "\n", *(mark.groups() if mark else ()))
+            begun, above = None, ""
+        elif begun is not None:
+            begun[-1].append(line)
+        elif line.strip():
+            above = line.strip()
+    assert begun is None, f"{name}: a block does not end"
 
 
-@pytest.mark.parametrize(("page", "line"), list(commands()))
-def test_a_command_has_options_that_exist(page: str, line: str) -> None:
-    _, *words = shlex.split(re.sub(r"\|[\w|-]+", "", line))  # the first of alternatives
-    found = route(words)
-    typer.main.get_group(app).commands[found.command].make_context(found.command, list(found.words))
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-@pytest.mark.parametrize(("page", "text"), list(blocks("python")))
-def test_python_compiles(page: str, text: str) -> None:
-    ast.parse(text)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_runs_or_says_why_not(block: Block) -> None:
+    assert block.language in LANGUAGES, "name the language of the block"
+    if block.language == "text":
+        assert block.mark, "text is what docs/outputs.py recorded, or says why it is there"
+    if block.mark:
+        assert len(block.reason) > 8, "a block that does not run says why"
+    if block.language == "python":
+        ast.parse(block.text)
+    if block.language == "yaml":
+        yaml.safe_load(block.text)
+    if block.language == "json" and not block.mark:
+        json.loads(block.text)
 
 
-def test_there_are_some() -> None:
-    assert len(list(commands())) > 30
-    assert len(list(blocks("python"))) > 5
+def test_few_blocks_do_not_run() -> None:
+    code = [block for block in BLOCKS if block.language in ("sh", "python")]
+    assert len(code) > 40
+    assert sum(block.mark == "not run" for block in code) < len(code) / 5
+
+
+def lines(block: Block) -> list[list[str]]:
+    """The words of each command of a block."""
+    joined = re.sub(r"\\\n\s*", " ", block.text)
+    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "sh"], ids=str)
+def test_a_command_has_options_that_exist(block: Block) -> None:
+    """Also where the block does not run here."""
+    for program, *words in lines(block):
+        if program == "compress":
+            _command(words).make_context("compress", list(route(words).words))
+
+
+def expected(words: list[str]) -> set[int]:
+    return {0, 3} if OF_SPEED & set(words) else {0}
+
+
+class Page:
+    """The folder in which the blocks of one page run, one after another."""
+
+    def __init__(self, name: str) -> None:
+        self._names = NAMES | NAMES_ON.get(name, {})
+        self._values: dict[str, Any] = {}
+        self._programs: dict[str, Callable[[list[str]], int]] = {
+            "compress": self._compress,
+            "pip": _extras_exist,
+            "make": _targets_exist,
+            "python": _script,
+        }
+
+    def run(self, block: Block) -> None:
+        if block.mark == "not run":
+            return
+        if block.language == "python":
+            self._python(block)
+        elif block.language == "sh":
+            for program, *words in lines(block):
+                status = self._programs[program](words)
+                assert status in expected(words), f"{block}: {shlex.join([program, *words])} ended with {status}"
+
+    def _compress(self, words: list[str]) -> int:
+        names = self._names | (NAMES_IN_EXPORT if words[0] == "export" else {})
+        given = [names.get(word, word) for word in words]
+        given = [path for word in given for path in _expanded(word)]
+        if any("--overwrite" in parameter.opts for parameter in _command(given).params):
+            given += ["--overwrite"]  # a block shows several ways to do one thing
+        return run(_cheaper(given))
+
+    def _python(self, block: Block) -> None:
+        torch.manual_seed(0)
+        self._values = {**_values(), **self._values}
+        exec(compile(block.text, str(block), "exec"), self._values)
+
+
+def _expanded(word: str) -> list[str]:
+    """The paths that a shell makes of a word."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
+
+
+def _command(words: list[str]) -> Any:
+    return typer.main.get_group(app).commands[route(words).command]
+
+
+def _cheaper(words: list[str]) -> list[str]:
+    """A command with less work, where it does not say itself how much."""
+    given = list(words)
+    if given[0] in LANGUAGE_MODELS and SIZES & set(given) and not {"--calibration", "--bits", "--initial"} & set(given):
+        given += ["--calibration", "self"]  # what is done unasked
+    if given[0] in FOLDERS and not ({"--prefer"} | OF_SPEED) & set(given):
+        given += ["--prefer", "size"]
+    for option, others in CHEAPER.items():
+        for name, value in zip(others[::2], others[1::2], strict=True):
+            fits = option in given and name not in given and not (name == "--bits" and "--base" in given)
+            given += [name, value] if fits else []
+    return [re.sub(r"^processes:\d+$", "processes:1", word) for word in given]
+
+
+def _extras_exist(words: list[str]) -> int:
+    [verb, what] = words
+    assert verb == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(what.partition("[")[2].rstrip("]").split(",")) <= set(extras)
+    return 0
+
+
+def _targets_exist(words: list[str]) -> int:
+    return subprocess.run(["make", "-n", "-C", ROOT, *words], stdout=subprocess.DEVNULL, check=False).returncode
+
+
+def _script(words: list[str]) -> int:
+    before = sys.argv
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _values() -> dict[str, Any]:
+    """The values that Python on the pages has from the reader's own code."""
+    network = page_models.network()
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(2, (8,))) for _ in range(4)]
+    model = transformers.AutoModelForCausalLM.from_pretrained("model")
+    return {
+        "network": network,
+        "module": network,
+        "build_network": page_models.network,
+        "Net": page_models.network,
+        "train_loader": batches[:2],
+        "test_loader": batches[2:],
+        "loader": batches[:2],
+        "llm": model,
+        "texts": [page_models.text(seed, 400) for seed in range(4)],
+        "tokenizer": transformers.AutoTokenizer.from_pretrained("model"),
+        "f1": lambda model, batches: 0.5,
+        "model": model,
+        "torch": torch,
+    }
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, tokenizer: transformers.PreTrainedTokenizerFast) -> Path:
+    place = tmp_path_factory.mktemp("pages")
+    page_models.make(place, tokenizer)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({block.page for block in BLOCKS}))
+def test_the_blocks_of_a_page_run(
+    name: str, stand_ins: Path, tmp_path: Path, *, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    shutil.copytree(stand_ins, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    page = Page(name)
+    for block in BLOCKS:
+        if block.page == name:
+            page.run(block)
