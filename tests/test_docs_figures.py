@@ -1,4 +1,4 @@
-"""No measured figure is typed into a page: those in prose come from results, or are no measurements and say what else."""
+"""No measured figure is typed into a page: those in prose come from results, or are none and say what else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_a_figure_comes_from_results(page: Path) -> None:
     assert found == set(allowed), "generate it (docs/tables.py), or say in ALLOWED what it is"
 
 
-@pytest.mark.parametrize("sentence", ["It takes 3.2 s.", "a loss of 0.6094", "loses 12 points", "saves 40% of 1,024 MB"])
+@pytest.mark.parametrize(
+    "sentence", ["It takes 3.2 s.", "a loss of 0.6094", "loses 12 points", "saves 40% of 1,024 MB"]
+)
 def test_a_measured_figure_is_found(sentence: str) -> None:
     assert list(figures(sentence))
 
