@@ -198,8 +198,11 @@ def _command(words: list[str]) -> Any:
 def _cheaper(words: list[str]) -> list[str]:
     """A command with less work, where it does not say itself how much."""
     given = list(words)
-    if given[0] in LANGUAGE_MODELS and SIZES & set(given) and not {"--calibration", "--bits", "--initial"} & set(given):
-        given += ["--calibration", "self"]  # what is done unasked
+    if given[0] in LANGUAGE_MODELS and not {"--calibration", "--initial"} & set(given):
+        if "--bits" in given:
+            given += ["--calibration", "none"]
+        elif SIZES & set(given):
+            given += ["--calibration", "self"]  # what is done unasked
     if given[0] in FOLDERS and not ({"--prefer"} | OF_SPEED) & set(given):
         given += ["--prefer", "size"]
     for option, others in CHEAPER.items():
