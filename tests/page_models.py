@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import compressor
+from compressor.initial import keep_initial
 from tests.adapters.adapters_of import peft_folder
 from tests.conftest import ALPHABET
 
@@ -116,7 +117,7 @@ def make(place: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (place / "test.jsonl").write_text("".join(json.dumps({"text": text(seed, 400)}) + "\n" for seed in range(8)))
     for folder, seed in (("images", 0), ("test", 1)):
         _images(place / folder, seed)
-    (place / "run.yaml").write_text("keep: 0.6\n")
+    (place / "run.yaml").write_text("keep: 0.6\ncalibration: none\n")
 
 
 def _language_models(place: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -133,6 +134,7 @@ def _language_models(place: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for steps in (1, 2, 3):
         folder(f"RUN/checkpoint-{500 * steps}", llama(steps), global_step=500 * steps, max_steps=1500)
     folder("untrained", llama(0))
+    keep_initial(llama(0), place / "RUN", seeds=[0])
     shutil.copyfile(place / "model" / "model.safetensors", place / "model.safetensors")
     compressor.compress(place / "model", keep=0.5, prefer="size", calibration="none", output=place / "model-compressed")
 
