@@ -157,6 +157,7 @@ class Page:
     def __init__(self, name: str, printed: Callable[[], str] = str) -> None:
         """`printed` gives what commands have printed since it was last asked."""
         self._printed = printed
+        self._exact = False
         self._names = NAMES | NAMES_ON.get(name, {})
         self._values: dict[str, Any] = {}
         self._programs: dict[str, Callable[[list[str]], int]] = {
