@@ -266,16 +266,16 @@ def _targets_exist(words: list[str]) -> int:
 def _values() -> dict[str, Any]:
     """The values that Python on the pages has from the reader's own code."""
     network = page_models.network()
-    batches = [(torch.randn(8, 3, 8, 8), torch.randint(2, (8,))) for _ in range(4)]
+    batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 2) for _ in range(8)]
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     return {
         "network": network,
         "module": network,
         "build_network": page_models.network,
         "Net": page_models.network,
-        "train_loader": batches[:2],
-        "test_loader": batches[2:],
-        "loader": batches[:2],
+        "train_loader": batches[:4],
+        "test_loader": batches[4:],
+        "loader": batches[:4],
         "llm": model,
         "texts": [page_models.text(seed, 400) for seed in range(4)],
         "tokenizer": transformers.AutoTokenizer.from_pretrained("model"),
