@@ -237,17 +237,17 @@ def _command(words: list[str]) -> Any:
 def _cheaper(words: list[str]) -> list[str]:
     """A command with less work, where it does not say itself how much."""
     given = list(words)
-    if given[0] in LANGUAGE_MODELS and "--calibration" not in given:
-        if {"--bits", "--initial", "--config"} & set(given):
-            given += ["--calibration", "none"]
-        elif SIZES & set(given):
-            given += ["--calibration", "self"]  # what is done unasked
+    own_examples = given[0] in LANGUAGE_MODELS and not {"--calibration", "--config"} & set(given)
+    if own_examples and SIZES & set(given) and not {"--bits", "--initial"} & set(given):
+        given += ["--calibration", "self"]  # what is done unasked
     if given[0] in FOLDERS and not ({"--prefer"} | OF_SPEED) & set(given):
         given += ["--prefer", "size"]
     for option, others in CHEAPER.items():
         for name, value in zip(others[::2], others[1::2], strict=True):
             fits = option in given and name not in given and not (name == "--bits" and "--base" in given)
             given += [name, value] if fits else []
+    if own_examples and {"--bits", "--initial"} & set(given) and "--calibration" not in given:
+        given += ["--calibration", "none"]
     return [re.sub(r"^processes:\d+$", "processes:1", word) for word in given]
 
 
