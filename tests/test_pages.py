@@ -220,7 +220,7 @@ def _cheaply(compress: Callable[..., Any]) -> Callable[..., Any]:
             given = {"effort": "fast", "bits": "16", **given}
         elif "keep" in given:
             given["calibration"] = "none"
-        if "keep" in given:
+        if {"keep", "max_drop"} & set(given):
             given.setdefault("prefer", "size")
         return compress(model, *options, **given | ({"overwrite": True} if "output" in given else {}))
 
