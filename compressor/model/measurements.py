@@ -109,7 +109,7 @@ def inspect_layers(
     for each in asked:
         name, unit = each.layer.name, each.unit
         if name in done:
-            spectra = {key: values.numpy() for key, values in run.journal.read(unit).items()}
+            spectra = _in_order_of_computation(each, run.journal.read(unit))
         else:
             spectra, found = next(computed)
             if kept is not None and found is not None:
@@ -119,6 +119,13 @@ def inspect_layers(
         inspected[name] = _inspected(each, spectra)
         run.report("measure", len(inspected), len(eligible))
     return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
+
+
+def _in_order_of_computation(asked: _Measurement, read: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    """Spectra that a file gives by their names: of forms of one size the first is chosen."""
+    quantized = sorted(asked.quantized, key=from_initial)
+    order = {name: place for place, name in enumerate(("", *FORMS, *quantized))}
+    return {name: read[name].numpy() for name in sorted(read, key=order.__getitem__)}
 
 
 def _starts(subject: Model, layers: Sequence[Layer], uses: Mapping[str, int | None]) -> Mapping[str, Start]:

@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_another(folder: Path, tmp_pat
     def run(progress: Progress) -> None:
         compress(folder, output=parts, prefer="size", work_dir=work, progress=progress, **asked)
 
-    assert until_done(run, (moments.randrange(1, 12) for _ in range(12))) > 1
+    assert until_done(run, (moments.randrange(1, 24) for _ in range(12))) > 1
     assert files(parts) == files(whole)
     assert not work.exists()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["parts", "whole"]
