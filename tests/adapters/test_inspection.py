@@ -46,7 +46,8 @@ def test_many_modules_are_summed_up_by_kind(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "lora.safetensors")
     text = str(compressor.inspect(tmp_path / "lora.safetensors"))
     rows = [line.split() for line in text.splitlines() if "attn1.to_q" in line or "ff.net.0.proj" in line]
-    assert [row[:3] for row in rows] == [["attn1.to_q", "30", "4"], ["ff.net.0.proj", "30", "4"]]
-    assert all(len(line) <= 80 for line in text.splitlines())
+    blocks = "unet.down_blocks.*.attentions.0.transformer_blocks.0"
+    expected = [[f"{blocks}.{kind}", "30", "8", "x", "8", "4"] for kind in ("attn1.to_q", "ff.net.0.proj")]
+    assert [row[:6] for row in rows] == expected
     small = str(compressor.compress(tmp_path / "lora.safetensors", rank=2))
-    assert all(len(line) <= 80 for line in small.splitlines() if "output" not in line)
+    assert small.count(blocks) == 2

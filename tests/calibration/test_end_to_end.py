@@ -200,7 +200,7 @@ def test_quantized_layers_of_a_language_model_are_refined_as_a_whole(
     start, layers = started(calibration, form, rank), tuple(planned(calibration, form, rank))
     found = Candidate(calibration, layers, None, 0.0, holdout_loss(calibration, start.modules), start)
     search = Search(calibration, (), lambda *_: (), ())
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         refined = search.refined(found)
     assert refined.refined
     assert refined.loss == holdout_loss(calibration, refined.solved.modules) < found.loss
@@ -217,7 +217,7 @@ def test_the_closest_quantized_rival_is_refined_as_a_whole_too(
     found, farther, closest = candidate("dense@2g16z", 0), candidate("dense@2g16z", 2), candidate("dense@3g16", 0)
     assert closest.loss < min(found.loss, farther.loss)
     farther = replace(farther, loss=max(found.loss, farther.loss) + 1)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         refined = Search(calibration, (), lambda *_: (), ()).refined(replace(found, close=(farther, closest)))
     assert caplog.text.count("refined end to end") == 2
     assert refined.layers == closest.layers
