@@ -246,8 +246,8 @@ class Approximations:
     metric: Metric | TiedMetric | None
     settings: FactorizationSettings
     known: Decomposition | None = None
-    _pairs: dict[str, dict[int, MatrixPair]] = field(default_factory=dict)
-    _errors: dict[str, Spectrum] = field(default_factory=dict)
+    _pairs: dict[str, dict[int, MatrixPair]] = field(default_factory=dict, init=False)
+    _errors: dict[str, Spectrum] = field(default_factory=dict, init=False)
 
     @cached_property
     def decomposition(self) -> Decomposition:
@@ -274,7 +274,8 @@ class Approximations:
 
     def pair(self, form: PairForm, rank: int) -> MatrixPair:
         """The pair of a form at a rank, as `approximate` makes it."""
-        known = self._pairs.setdefault(form.name, {})
+        # Forms without errors of their own have the truncated SVD in common, whose factors are as large as the matrix.
+        known = self._pairs.setdefault(form.name if form.has_own_errors else "", {})
         if rank not in known:
             known[rank] = form.approximate(
                 self.weight,

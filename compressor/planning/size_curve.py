@@ -64,20 +64,26 @@ def size_curve(
         return _calibrated_curve(measured, tables, unit)
     least, most = (sum(int(bound(each.choices.cost)) for each in tables) for bound in (np.min, np.max))
     sizes = np.unique(np.linspace(least, most, _SIZES).round().astype(int)).tolist()
-    losses, layers = [], []
+    losses, found = [], []
     for size in sizes:
         chosen = chosen_within(measured, tables, size)
         assert chosen is not None, "the smallest size can be met"
         errors = [each.errors[index] for each, index in zip(tables, chosen, strict=True)]
         losses.append(float(np.sqrt(np.mean(np.square(errors)))))
-        layers.append(_stored(tables, chosen))
-    return SizeCurve(tuple(sizes), tuple(losses), "relative error", tuple(layers))
+        found.append(chosen)
+    return SizeCurve(tuple(sizes), tuple(losses), "relative error", _stored(tables, list(zip(*found, strict=True))))
 
 
-def _stored(tables: Sequence[LayerChoices], chosen: Sequence[int]) -> tuple[StoredForm, ...]:
-    """What the layers are by the indices of their choices."""
-    pairs = zip(tables, chosen, strict=True)
-    return tuple(StoredForm(each.forms[index], int(each.ranks[index])) for each, index in pairs)
+def _stored(tables: Sequence[LayerChoices], chosen: Sequence[Sequence[int]]) -> tuple[tuple[StoredForm, ...], ...]:
+    """At every size what the layers are, by the indices of each layer's choices.
+
+    A layer is mostly the same at the next size, and is then the same object: mixtures have many thousand layers.
+    """
+    layers = []
+    for each, indices in zip(tables, chosen, strict=True):
+        known = {index: StoredForm(each.forms[index], int(each.ranks[index])) for index in set(indices)}
+        layers.append([known[index] for index in indices])
+    return tuple(zip(*layers, strict=True))
 
 
 def _calibrated_curve(measured: Sequence[MeasuredLayer], tables: Sequence[LayerChoices], unit: LossUnit) -> SizeCurve:
@@ -101,8 +107,7 @@ def _calibrated_curve(measured: Sequence[MeasuredLayer], tables: Sequence[LayerC
     # At a price are taken all steps that save more.
     points = np.unique(np.append(np.searchsorted(-savings, -prices), len(savings)))
     shown = points[np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))]
-    at_points = zip(*_taken(hulls, order, shown), strict=True)
-    layers = tuple(_stored(tables, chosen) for chosen in at_points)
+    layers = _stored(tables, _taken(hulls, order, shown))
     return SizeCurve(tuple(sizes[shown].tolist()), tuple(lost[shown].tolist()), unit, layers)
 
 

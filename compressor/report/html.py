@@ -178,7 +178,7 @@ def report_page(compression: Compression) -> str:
 # More layers than these are folded into their blocks when the page opens.
 _MOST_UNFOLDED = 60
 
-# Rows of the table of other sizes.
+# No more rows has the table of other sizes.
 _LISTED_SIZES = 12
 
 
@@ -242,8 +242,9 @@ def _curve_words(unit: str) -> str:
 
 
 def _listed_sizes(sizes: OtherSizes) -> list[OtherSize]:
-    step = max(1, len(sizes.sizes) // _LISTED_SIZES)
-    return list(sizes.sizes[::step])
+    last = len(sizes.sizes) - 1
+    places = {round(last * number / (_LISTED_SIZES - 1)) for number in range(_LISTED_SIZES)}
+    return [sizes.sizes[place] for place in sorted(places)]
 
 
 def _sizes_json(compression: Compression, sizes: OtherSizes, plot: Plot) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
 # Sizes that a slider can tell apart.
 _SIZES = 60
+
+# A word of a command with its quotes.
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
 
 # The options that a size replaces; each has one value.
 _REPLACED = ("--keep", "--max-size", "--max-latency", "--max-drop", "--tolerance", "--plan")
@@ -93,7 +95,7 @@ def other_sizes(compression: Compression) -> OtherSizes | None:
     shown = np.unique(np.linspace(0, len(curve.layers) - 1, min(len(curve.layers), _SIZES)).round().astype(int))
     found = []
     for number, nbytes in zip(shown, _bytes(measured, [curve.layers[number] for number in shown]), strict=True):
-        keep = min(1.0, math.ceil(1e4 * curve.parameters[number] / plan.eligible_before) / 1e4)
+        keep = min(1.0, max(1, math.ceil(1e4 * curve.parameters[number] / plan.eligible_before)) / 1e4)
         command = command_for(compression.command, keep)
         kinds = tuple(_stored_kind([curve.layers[number][place] for place in own]) for own in places.values())
         found.append(OtherSize(beside + nbytes, keep, curve.losses[number], command, kinds))
@@ -137,12 +139,13 @@ def command_for(command: str, keep: float) -> str:
     """The command with another size in place of its own budget; without a command what to pass in Python."""
     if not command:
         return f"keep={keep:g}"
-    asked, comment, in_python = command.partition(" # ")
-    words, kept = shlex.split(asked), []
-    skipped = False
-    for word in words:
+    # As written: a name may contain what begins a comment, or be called like an option, and is then in quotes.
+    words = _WORD.findall(command)
+    comment = words.index("#") if "#" in words else len(words)
+    kept, skipped = [], False
+    for word in words[:comment]:
         if skipped or word in _REPLACED:
-            skipped = word in _REPLACED and not skipped
-        elif not re.match(rf"({'|'.join(_REPLACED)})=", word):
+            skipped = not skipped
+        elif word.partition("=")[0] not in _REPLACED:
             kept.append(word)
-    return shlex.join([*kept, "--keep", f"{keep:g}"]) + comment + in_python
+    return " ".join([*kept, "--keep", f"{keep:g}", *words[comment:]])

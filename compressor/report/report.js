@@ -64,6 +64,8 @@ function showLayers() {
 
   function arrange() {
     const heads = groups[by.value], place = by.value === "kind" ? "k" : "b";
+    // What was enlarged goes with the old bodies of the table.
+    for (const button of table.querySelectorAll("[aria-expanded=true]")) button.setAttribute("aria-expanded", false);
     const bodies = (heads.length ? heads : [null]).map((head, number) => {
       const body = document.createElement("tbody");
       if (head) body.append(head);

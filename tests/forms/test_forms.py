@@ -257,6 +257,17 @@ def test_what_widths_have_in_common_is_computed_once() -> None:
     assert all(np.array_equal(one, other) for one, other in zip(together, apart, strict=True))
 
 
+def test_forms_that_store_the_truncated_svd_share_it() -> None:
+    torch.manual_seed(0)
+    weight = StoredWeight("linear", (6, 48))
+    matrix, metric = torch.randn(weight.shape, dtype=torch.float64), metric_of(weight)
+    shared = Approximations(weight=weight, matrix=matrix, metric=metric, settings=DEFAULTS)
+    assert shared.pair(FORMS["plain"], 3) is shared.pair(FORMS["pivoted"], 3)
+    for form in (each for each in QUANTIZED if each.takes(weight)):
+        alone = Approximations(weight=weight, matrix=matrix, metric=metric, settings=DEFAULTS)
+        assert np.array_equal(shared.errors(form), alone.errors(form))
+
+
 def test_the_size_of_a_matrix_is_computed_once_for_all_forms() -> None:
     torch.manual_seed(0)
     weight = StoredWeight("linear", (6, 48))

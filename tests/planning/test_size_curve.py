@@ -54,6 +54,8 @@ def test_every_point_is_what_the_allocation_loses_at_that_size(
     for size, stored in zip(curve.parameters, curve.layers, strict=True):
         numbers = (int(m.numbers(each.form, each.rank)) for m, each in zip(layers, stored, strict=True))
         assert sum(numbers) == size if calibrated else sum(numbers) <= size
+    for of_layer in zip(*curve.layers, strict=True):  # one object for all sizes at which a layer is the same
+        assert len(set(map(id, of_layer))) == len(set(of_layer))
 
 
 @settings(max_examples=30)

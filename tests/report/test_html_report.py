@@ -16,12 +16,14 @@ import pytest
 
 from compressor.errors import BadInput
 from compressor.evaluation import Cost, Evaluation, Latency
+from compressor.formatting import format_size
 from compressor.io import staged_folder, write_json
 from compressor.planning import Budget, CalibrationResult, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.report import check_report_path, write_report
 from compressor.report.html import report_page
 from compressor.report.layer_rows import layer_rows
+from compressor.report.other_sizes import other_sizes
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression
 from tests.report.many_layers import many_layers
@@ -181,6 +183,17 @@ def test_calibration_is_told_where_it_was_done() -> None:
     for words in ("96 examples", "holdout of 32", "0.034", "0.012"):
         assert words in text
     assert "holdout" not in Page(report_page(plain)).text
+
+
+def test_a_dozen_sizes_from_the_smallest_to_the_dense_model_are_listed() -> None:
+    result = many_layers(12)
+    page, sizes = report_page(result), other_sizes(result)
+    assert sizes is not None
+    table = re.search('aria-label="Other sizes">(.*?)</table>', page, re.DOTALL)
+    assert table is not None
+    listed = re.findall(r'<tr><td class="n">(.*?)</td>', table[1])
+    assert len(listed) == 12
+    assert (listed[0], listed[-1]) == (format_size(sizes.sizes[0].bytes), format_size(sizes.sizes[-1].bytes))
 
 
 def test_an_output_that_is_the_input_again_is_called_so() -> None:

@@ -46,6 +46,15 @@ def test_the_size_that_was_made_is_one_of_them() -> None:
     assert min(lows) == min(ranks)
 
 
+def test_a_size_at_which_nothing_is_stored_is_asked_for_by_a_share_above_zero() -> None:
+    result = many_layers(4)
+    assert result.curve is not None
+    vars(result)["curve"] = replace(result.curve, parameters=(0, *result.curve.parameters[1:]))
+    found = other_sizes(result)
+    assert found is not None
+    assert min(each.keep for each in found.sizes) == 1e-4
+
+
 def test_there_are_none_where_nothing_was_measured() -> None:
     assert other_sizes(replace(many_layers(4), measured=())) is None
 
@@ -65,6 +74,8 @@ def test_without_data_they_have_the_errors_of_the_layers() -> None:
         ("compress m --max-drop 0.01 --keep 0.5 --bits 8", "compress m --bits 8 --keep 0.25"),
         ("compress m --keep=0.5", "compress m --keep 0.25"),
         ("compress m --keep 0.5 # and in Python metric", "compress m --keep 0.25 # and in Python metric"),
+        ("compress 'a # b' --keep 0.5 # and in Python metric", "compress 'a # b' --keep 0.25 # and in Python metric"),
+        ("""compress 'it'"'"'s --keep' --keep 0.5""", """compress 'it'"'"'s --keep' --keep 0.25"""),
         ("", "keep=0.25"),
     ],
 )

@@ -268,6 +268,14 @@ def test_a_spectrum_can_be_enlarged(browser: Browser, path: Path) -> None:
     assert box["height"] > 200
     button.press("Enter")
     assert detail.count() == 0
+    button.press("Enter")
+    opened.page.get_by_label("Search").fill("no such layer")
+    assert not detail.is_visible()
+    opened.page.get_by_label("Search").fill("")
+    assert detail.is_visible()
+    opened.page.get_by_role("button", name="form", exact=True).click()
+    assert detail.count() == 0
+    assert opened.page.locator("#layers [aria-expanded=true]").count() == 0
     opened.context.close()
 
 
@@ -300,7 +308,7 @@ def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path
         for under in ("paper", "card"):
             read = ("ink", "quiet", "edge", "bound", "worse")
             assert min(contrast(color[name], color[under]) for name in read) > 4.5
-            assert min(contrast(color[name], color[under]) for name in ("before", "after")) >= 2.9
+            assert min(contrast(color[name], color[under]) for name in ("before", "after")) >= 3
         seen.append((color["paper"], opened.page.locator("h1").evaluate("e => getComputedStyle(e).color")))
         opened.page.emulate_media(media="print")
         assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
