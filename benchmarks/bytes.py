@@ -187,14 +187,21 @@ def rounded(model: nn.Module) -> nn.Module:
 
 
 def nearest(given: Given, quantization: Quantization) -> Outcome:
-    quantized = {
+    return of_matrices(given, nearest_matrices(given, quantization))
+
+
+def nearest_matrices(given: Given, quantization: Quantization) -> dict[str, QuantizedMatrix]:
+    return {
         name: quantize_to_nearest(matrix, quantization.fitted(matrix.shape[1]), scale_dtype=SCALES)
         for name, matrix in matrices(given.modules).items()
     }
-    return of_matrices(given, quantized)
 
 
 def by_gptq(given: Given, quantization: Quantization) -> Outcome:
+    return of_matrices(given, gptq_matrices(given, quantization))
+
+
+def gptq_matrices(given: Given, quantization: Quantization) -> dict[str, QuantizedMatrix]:
     """GPTQ in forward order, each layer on the inputs that the quantized ones before it give."""
     quantized: dict[str, QuantizedMatrix] = {}
 
@@ -206,7 +213,7 @@ def by_gptq(given: Given, quantization: Quantization) -> Outcome:
         return quantized[name].product()
 
     in_forward_order(given.model, given.modules, given.batches, refit=refit, with_dense_inputs=False)
-    return of_matrices(given, quantized)
+    return quantized
 
 
 def two_sided(given: Given, bits: int) -> Outcome:
@@ -220,12 +227,17 @@ def two_sided(given: Given, bits: int) -> Outcome:
 
 
 def of_matrices(given: Given, quantized: Mapping[str, QuantizedMatrix]) -> Outcome:
-    """The model with some matrices quantized."""
+    model, stored = with_matrices(given, quantized)
+    return outcome(given, model, stored)
+
+
+def with_matrices(given: Given, quantized: Mapping[str, QuantizedMatrix]) -> tuple[nn.Module, int]:
+    """The model with some matrices quantized, and the bytes of its layers."""
     model, stored = copy.deepcopy(given.model), given.dense_bytes
     for name, matrix in quantized.items():
         set_matrix(model.get_submodule(name), matrix.product())
         stored += sum(tensor.nbytes for tensor in matrix.tensors().values()) - 2 * math.prod(matrix.shape)
-    return outcome(given, model, stored)
+    return model, stored
 
 
 # Other quantizers, which run in environments of their own.
