@@ -51,7 +51,7 @@ def _reached(compression: Compression, budget: Budget) -> tuple[str, bool | None
                 return "", None
             worst = max(changes, key=lambda each: each.ratio)
             said = "predicted" if worst.predicted_on else "measured"
-            return f"{worst.ratio:.2f}x, {said}", worst.ratio <= value + worst.noise
+            return f"{worst.ratio:.2f}x, {said}", worst.ratio <= value * (1 + worst.noise)
         case "max-drop":
             return _drop(compression, value)
         case "tolerance":

@@ -70,6 +70,14 @@ def test_each_part_of_a_budget_is_told_by_itself() -> None:
     assert (drop.got, drop.met) == ("2.00 points on test.jsonl", False)
 
 
+@pytest.mark.parametrize(("time", "met"), [(2.05, True), (2.07, False)])
+def test_a_time_has_the_room_of_its_noise_as_where_a_slower_model_is_refused(time: float, met: bool) -> None:
+    timed = layer(latency=(WorkloadLatency("batch 1", Times(1.0, time)),))
+    result = asked(Budget("keep", 0.5, max_latency=2.0), timed)
+    _, found = outcomes(replace(result, plan=replace(result.plan, device="h100")))
+    assert found.met is met
+
+
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     for found in outcomes(asked(Budget("max-latency", 0.5, max_drop=0.1))):
         assert (found.got, found.met) == ("", None)
