@@ -251,8 +251,9 @@ OF_RUNS: dict[str, Callable[[Row], float]] = {
 }
 
 
-def ranks_table(rows: Sequence[Row]) -> str:
+def ranks_table(document: Mapping[str, Any]) -> str:
     """How Frobenius ranks follow B, the learning rate and the decay, at the same epochs and at the same K."""
+    rows = document["rows"]
     columns = ["network", "compared at", "runs", "rank at B = 4", "B = 16", "B = 64", *OF_RUNS]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for network in dict.fromkeys(row["network"] for row in rows):
@@ -299,10 +300,10 @@ def lost(row: Row, rule: str) -> float:
     return 100 * (row["accuracy"] - row["rules"][rule]["accuracy"])
 
 
-def rules_table(rows: Sequence[Row]) -> str:
+def rules_table(document: Mapping[str, Any]) -> str:
     """What each rule keeps of the parameters, and the points of accuracy it loses: mean (most)."""
     lines = ["| networks | runs | " + " | ".join(RULES) + " |", "|---|---|" + "---|" * len(RULES)]
-    for name, runs in groups(rows).items():
+    for name, runs in groups(document["rows"]).items():
         cells = []
         for rule in RULES:
             kept, points = (
@@ -422,11 +423,11 @@ def main() -> None:
         if "ranks" in asked.studies:
             write(output / "theory-ranks.json", [without(row, "rules") for row in rows if row["optimizer"] == "sgd"])
             plot_ranks(rows, output / "theory-ranks.svg")
-            sys.stdout.write(ranks_table(rows) + "\n\n")
+            sys.stdout.write(ranks_table({"rows": rows}) + "\n\n")
         if rules:
             write(output / "theory-rules.json", [without(row, "hidden") for row in rows])
             plot_rules(rows, output / "theory-rules.svg")
-            sys.stdout.write(rules_table(rows) + "\n\n")
+            sys.stdout.write(rules_table({"rows": rows}) + "\n\n")
     if "momentum" in asked.studies:
         found = theory_momentum.study(theory_momentum.QUICK if asked.quick else theory_momentum.WHOLE)
         write(output / "theory-momentum.json", found)

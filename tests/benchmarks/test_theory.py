@@ -122,7 +122,9 @@ def test_tables_and_plots_have_every_network(
     rows: list[dict[str, Any]], theory: ModuleType, tmp_path: Path, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(theory, "TRAINED", 0.0)
-    for text, draw in ((theory.ranks_table(rows), theory.plot_ranks), (theory.rules_table(rows), theory.plot_rules)):
+    document = {"rows": rows}
+    tables = theory.ranks_table(document), theory.rules_table(document)
+    for text, draw in zip(tables, (theory.plot_ranks, theory.plot_rules), strict=True):
         assert all(network.name in text for network in theory.NETWORKS)
         assert len({line.count("|") for line in text.splitlines()}) == 1
         draw(rows, tmp_path / "plot.svg")
