@@ -152,7 +152,7 @@ Model = Annotated[
         metavar="MODEL",
         parser=given("MODEL", str),
         help="A .safetensors, index, .bin, .pt or .gguf file, a Hugging Face folder, or org/name on the Hugging Face "
-        "hub; to compress, inspect, plan and export also a LoRA adapter.",
+        "hub. Also a LoRA adapter, to compress, inspect, plan, or export, and an archive, to restore.",
         show_default=False,
     ),
 ]
@@ -313,7 +313,7 @@ def diagnose(model: Model, options: asked.DiagnoseOptions, shown: shell.FigureOp
 def merge(models: Models, options: asked.MergeOptions, shown: shell.TableOptions) -> None:
     """Merge networks of one architecture, or LoRA adapters, into one.
 
-    With data it is measured what that costs each of their tasks.
+    With --data, each network's task is measured before and after.
     """
     with shown_progress(shown) as progress:
         from compressor import merge as merge_models

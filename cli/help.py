@@ -134,7 +134,7 @@ def _beside(commands: Sequence[Any]) -> Iterator[Section | Sentences]:
         yield Section(
             "Commands, each with a --help of its own", tuple((each.name, _summary(each)) for each in commands)
         )
-        yield Sentences(f"A model that has the name of a command is written ./{commands[0].name}.")
+        yield Sentences(f"For a model named like a command, write a path: ./{commands[0].name}.")
 
 
 def _summary(command: Any) -> str:

@@ -140,9 +140,9 @@ class InitialOptions(Options):
 
     initial: InitialLike | None = option(
         "The weights that training started from, so that only what it wrote is stored: the seed that was set right "
-        "before the model was built, or a checkpoint of the initial model or of an early step; auto searches the seed, "
-        "in about half a minute. In Python also the untrained module, its state dict, or a function that returns this. "
-        "Layers that do not correlate with it, or gain nothing, take a form without it.",
+        "before the model was built, or a checkpoint of the initial model or of an early step; auto searches for the "
+        "seed, in about half a minute. In Python also the untrained module, its state dict, or a function that returns "
+        "either. Layers that do not correlate with it, or gain nothing, take a form without it.",
         INITIAL,
         panel=TRAINING,
     )
