@@ -71,14 +71,19 @@ def drawers() -> dict[str, Callable[[Any, Path], None]]:
     import initial
     import merging
     import plot_bytes
+    import plot_initialization
     import plot_latency
     import plot_quality
     import theory
     import theory_momentum
 
+    def initialization(document: Any, path: Path) -> None:
+        path.write_text(plot_initialization.draw(document), encoding="utf-8")
+
     return {
         "bytes": plot_bytes.draw_all,
         "initial": initial.draw,
+        "initialization": initialization,
         "latency-cpu": plot_latency.draw_all,
         "merging": lambda document, path: merging.plot(document["rows"], merging.Grid(), path),
         "quality": lambda _, path: plot_quality.draw_all(path),

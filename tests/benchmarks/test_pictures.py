@@ -42,6 +42,11 @@ def test_the_rules_for_dark_pages_name_every_color(tmp_path: Path) -> None:
         assert pictures.on_dark(color) in style[1]
 
 
+def test_all_pictures_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SOURCE.parent))
+    assert sorted(pictures.drawers()) == sorted(path.stem for path in pictures.RESULTS.glob("*.svg"))
+
+
 def test_all_pictures_are_for_both() -> None:
     for path in sorted(pictures.RESULTS.glob("*.svg")):
         assert "prefers-color-scheme" in path.read_text(encoding="utf-8"), path.name
