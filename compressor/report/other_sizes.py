@@ -103,7 +103,8 @@ def other_sizes(compression: Compression) -> OtherSizes | None:
     stored = [StoredForm(layer.form, layer.rank or 0) for layer in layers]
     kinds = tuple(_stored_kind([stored[place] for place in own]) for own in places.values())
     keep = plan.eligible_after / plan.eligible_before
-    found.append(OtherSize(compression.bytes.after, keep, loss, compression.command, kinds, this=True))
+    command = compression.command or command_for("", math.ceil(1e4 * keep) / 1e4)
+    found.append(OtherSize(compression.bytes.after, keep, loss, command, kinds, this=True))
     found.sort(key=lambda each: each.bytes)
     return OtherSizes(tuple(found), tuple(places), tuple(map(len, places.values())))
 

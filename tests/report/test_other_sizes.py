@@ -65,6 +65,9 @@ def test_without_data_they_have_the_errors_of_the_layers() -> None:
     assert found is not None
     assert found.sizes[found.made].loss == pytest.approx(result.losses.error)
     assert found.sizes[0].command == f"keep={found.sizes[0].keep:g}"
+    made = found.sizes[found.made]
+    assert made.command.startswith("keep=")
+    assert float(made.command.removeprefix("keep=")) == pytest.approx(made.keep, abs=1e-4)
 
 
 @pytest.mark.parametrize(
