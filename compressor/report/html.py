@@ -203,7 +203,7 @@ def _tiles(compression: Compression) -> Iterator[Comparison]:
         lost = f"{calibration.holdout_loss:+.2g}"
         yield Comparison("quality on the holdout of the calibration", "", lost, loss_name(calibration.unit))
     else:
-        yield Comparison("quality", "", "not measured", "pass --data to have it measured")
+        yield Comparison("quality", "", "not measured", "give data to have it measured")
     timed = [row for row in rows if row.label.startswith("latency, ")]
     predicted = compression.latency_changes
     if timed:
@@ -214,7 +214,9 @@ def _tiles(compression: Compression) -> Iterator[Comparison]:
         where = f"predicted for {worst.predicted_on}"
         yield Comparison(f"latency of the layers, {worst.workload}", "", words, where, worst.change)
     else:
-        yield Comparison("speed", "", "not measured", "pass --data, or ask for it with --prefer speed")
+        yield Comparison(
+            "speed", "", "not measured", "give data to have it measured, or prefer speed to have it predicted"
+        )
 
 
 def _facts(compression: Compression) -> Iterator[tuple[str, str]]:

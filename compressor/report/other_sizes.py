@@ -27,8 +27,8 @@ _SIZES = 60
 # A word of a command with its quotes.
 _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
 
-# The options that a size replaces; each has one value.
-_REPLACED = ("--keep", "--max-size", "--max-latency", "--max-drop", "--tolerance", "--plan")
+# The flags that a size replaces, of which it asks for the first; each has one value.
+_REPLACED = tuple(f"--{name}" for name in ("keep", "max-size", "max-latency", "max-drop", "tolerance", "plan"))
 
 
 @dataclass(frozen=True)
@@ -149,4 +149,4 @@ def command_for(command: str, keep: float) -> str:
             skipped = not skipped
         elif word.partition("=")[0] not in _REPLACED:
             kept.append(word)
-    return " ".join([*kept, "--keep", f"{keep:g}", *words[comment:]])
+    return " ".join([*kept, _REPLACED[0], f"{keep:g}", *words[comment:]])

@@ -623,7 +623,7 @@ def test_the_report_tells_what_was_tried_and_that_other_data_show_more(
         assert "the loss is larger than allowed" in text
     assert re.search(r"kept +drop +standard error +verdict", said)
     assert re.search(r"0\.\d{3} 0\.00 points 0\.00 points chosen", said)
-    for cell in ("<th>verdict</th>", "<td>chosen</td>", '<td class="number">0.00 points</td>'):
+    for cell in ("<th>verdict</th>", "<td>chosen</td>", '<td class="n">0.00 points</td>'):
         assert cell in page
 
 
