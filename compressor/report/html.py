@@ -215,7 +215,7 @@ def _tiles(compression: Compression) -> Iterator[Comparison]:
         yield Comparison(f"latency of the layers, {worst.workload}", "", words, where, worst.change)
     else:
         yield Comparison(
-            "speed", "", "not measured", "give data to have it measured, or prefer speed to have it predicted"
+            "speed", "", "not measured", "give data, or prefer speed, to know it"
         )
 
 
