@@ -482,7 +482,7 @@ OTHERS = {"rounded to nearest": ("nearest",), "GPTQ": ("GPTQ", "llm-compressor G
 
 
 def beside_others(document: Mapping[str, Any]) -> str:
-    """Ours beside all layers in 8, 4, 3, and 2 bits: share of the 16-bit bytes, and mean loss increase.
+    """Ours beside all layers in 4, 3, and 2 bits: share of the 16-bit bytes, and mean loss increase.
 
     Of two implementations of GPTQ the better one is shown.
     """
@@ -490,6 +490,8 @@ def beside_others(document: Mapping[str, Any]) -> str:
     for model, rows in by_model(document):
         points = points_of(rows)
         for bits, share in BESIDE.items():
+            if bits == 8:  # where nobody loses anything
+                continue
             ours = _at(points, "ours", share)
             if ours is None:
                 continue
