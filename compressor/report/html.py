@@ -214,9 +214,7 @@ def _tiles(compression: Compression) -> Iterator[Comparison]:
         where = f"predicted for {worst.predicted_on}"
         yield Comparison(f"latency of the layers, {worst.workload}", "", words, where, worst.change)
     else:
-        yield Comparison(
-            "speed", "", "not measured", "give data, or prefer speed, to know it"
-        )
+        yield Comparison("speed", "", "not measured", "give data, or prefer speed, to know it")
 
 
 def _facts(compression: Compression) -> Iterator[tuple[str, str]]:
