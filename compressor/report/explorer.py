@@ -5,7 +5,6 @@ The page implements `compressor.measure.simulation` number by number, and comput
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from compressor.formatting import format_count, one_line
 from compressor.measure import EPSILON, MemoryWindow, Spectrum, effective_ranks
 from compressor.measure.simulation import SimulatedTraining
 from compressor.recipe import TrainingRecipe
+from compressor.report.script_text import script_text
 from compressor.report.wording import recipe_sources, recipe_words
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -134,13 +134,7 @@ def explorer_page(recipe: TrainingRecipe | None = None, layers: Sequence[Explore
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     assert template.count(_PLACE_OF_THE_CONTENT) == 1
-    return template.replace(_PLACE_OF_THE_CONTENT, _script_text(content))
-
-
-def _script_text(content: dict[str, Any]) -> str:
-    """JSON that cannot end its script element, whatever names a checkpoint contains."""
-    text = json.dumps(content, ensure_ascii=True, allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return template.replace(_PLACE_OF_THE_CONTENT, script_text(content))
 
 
 def _recipe_content(recipe: TrainingRecipe, layers: Sequence[ExploredLayers]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from compressor.report.other_sizes import OtherSize, OtherSizes, other_sizes
 from compressor.report.outcome import outcomes
 from compressor.report.pages import base_facts
 from compressor.report.plot import SHAPES, Plot
+from compressor.report.script_text import script_text
 from compressor.report.wording import (
     BITS_NOTE,
     SEARCH_HEADERS,
@@ -115,7 +115,7 @@ def report_page(compression: Compression) -> str:
     layers = layer_rows(compression)
     points, sizes = curve_points(compression), other_sizes(compression)
     plot = None if sizes is None else loss_plot(compression, points, sizes)
-    search = None if plan.search is None else plan.search
+    search = plan.search
     table = None if plan.initial is None or not plan.initial.layers else initial_table(plan.initial)
     times = () if plan.device is None else ("predicted", "measured")[: 1 + measured_alone(plan.layers)]
     return template.render(
@@ -257,12 +257,6 @@ def _sizes_json(compression: Compression, sizes: OtherSizes, plot: Plot) -> str:
         ],
     }
     return script_text(content)
-
-
-def script_text(content: dict[str, Any]) -> str:
-    """JSON that cannot end its script element, whatever names a checkpoint contains."""
-    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _breakable(name: str) -> str:

@@ -6,18 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from compressor.network import in_natural_order as names_in_natural_order
 from compressor.planning import LayerPlan
-
-_NUMBER = re.compile(r"(\d+)")
 
 
 def in_natural_order(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """The layers by name, with 2 before 10."""
-    return sorted(layers, key=lambda layer: [_part(part) for part in _NUMBER.split(layer.name)])
-
-
-def _part(part: str) -> tuple[int, str]:
-    return (int(part), part) if part.isdecimal() else (0, part)
+    by_name = {layer.name: layer for layer in layers}
+    return [by_name[name] for name in names_in_natural_order(by_name)]
 
 
 def block_of(name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compressor.formatting import format_percent, format_size
+from compressor.planning import within_limit
 from compressor.report.wording import budget_words, drop_words
 
 if TYPE_CHECKING:
@@ -75,4 +76,4 @@ def _drop(compression: Compression, limit: float) -> tuple[str, bool | None]:
     if evaluation is None or evaluation.drop is None:
         return "", None
     words = drop_words(evaluation.metric, evaluation.drop, evaluation.higher_is_better)
-    return f"{words} on {evaluation.data}", evaluation.drop <= limit
+    return f"{words} on {evaluation.data}", within_limit(evaluation.drop, limit)
