@@ -19,10 +19,14 @@ BESIDE = tuple(of.verb for of in VERBS if of.verb != MAIN)
 ALSO = {word: of.verb for of in VERBS for word in of.also}
 HELP = ("-h", "--help")
 COMPLETION = ("--install-completion", "--show-completion")
-# What may stand before a command as well as after it.
-ANYWHERE = frozenset(HELP) | {
-    flag for name, option, _ in described(ResultOptions) for flag in (option.flag_of(name), option.short) if flag
+_OF_RESULTS = {
+    name: {flag for flag in (option.flag_of(name), option.short) if flag}
+    for name, option, _ in described(ResultOptions)
 }
+# An unexpected error is shown with where it comes from.
+VERBOSE = frozenset(_OF_RESULTS["verbose"])
+# What may stand before a command as well as after it.
+ANYWHERE = frozenset(HELP).union(*_OF_RESULTS.values())
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ from compressor.api.flags import with_flags
 from compressor.cli.commands import app, write_short_help
 from compressor.cli.completion import prepare_completion
 from compressor.cli.main import FAILED
-from compressor.cli.routes import MAIN, Route, route, usage_words
+from compressor.cli.routes import MAIN, VERBOSE, Route, route, usage_words
 from compressor.cli.terminal import write_error
 from compressor.errors import BadInput, CompressorError
 from compressor.system_errors import explained_anywhere
 
 DONE, INTERRUPTED = 0, 130
-# An unexpected error is shown with where it comes from.
-VERBOSE = frozenset({"-v", "--verbose"})
 
 
 def run(arguments: Sequence[str]) -> int:
