@@ -448,7 +448,7 @@ def curves(document: Mapping[str, Any]) -> str:
         shown = [method for method in OURS if any(row["method"] == method for row in rows)]
         if not shown:
             continue
-        lines = [_line([f"{model}, bytes", *shown, "best other", "error"]), "|---" * (len(shown) + 3) + "|"]
+        lines = [line([f"{model}, bytes", *shown, "best other", "error"]), "|---" * (len(shown) + 3) + "|"]
         points = points_of(rows)
         for share in shares:
             at = {method: _at(points, method, share) for method in shown}
@@ -457,7 +457,7 @@ def curves(document: Mapping[str, Any]) -> str:
             error = next((f"{point.error:.4f}" for point in at.values() if point is not None), "")
             refused = {row["method"] for row in rows if row["share"] == share and "refused" in row}
             found = [("-" if each in refused else "") if at[each] is None else at[each].cell for each in at]
-            lines.append(_line([f"{share:.1%}".replace(".0%", "%"), *found, named, error]))
+            lines.append(line([f"{share:.1%}".replace(".0%", "%"), *found, named, error]))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -466,18 +466,22 @@ def points(document: Mapping[str, Any]) -> str:
     """All layers at one width, by our code and by that of others: share of the bytes, and loss increase."""
     names = [model for model, _ in by_model(document)]
     found = {model: {point.method: point for point in points_of(rows)} for model, rows in by_model(document)}
-    lines = [_line(["", *names]), "|---" * (len(names) + 1) + "|"]
+    lines = [line(["", *names]), "|---" * (len(names) + 1) + "|"]
     for method in (*UNIFORM_METHODS, *PEERS):
         at = [found[model].get(method) for model in names]
         if any(at):
-            lines.append(_line([method, *("" if each is None else f"{each.stored:.1%}: {each.cell}" for each in at)]))
+            lines.append(line([method, *("" if each is None else f"{each.stored:.1%}: {each.cell}" for each in at)]))
     return "\n".join(lines)
 
 
-# Sizes of ours that stand beside layers all of so many bits, and the groups of these methods.
+# Sizes of ours that stand beside layers all of so many bits.
 BESIDE = {8: 0.5, 4: 0.25, 3: 0.2, 2: 0.13}
-GROUPS = {8: ("8", "W8A16"), 4: ("4g128", "W4A16", "W4A16 g128"), 3: ("3g128", "W3A16", "W3A16 g128")}
-GROUPS[2] = ("2g64", "W2A16", "W2A16 g128")
+# The groups of other methods in the bits at which something is lost.
+GROUPS = {
+    4: ("4g128", "W4A16", "W4A16 g128"),
+    3: ("3g128", "W3A16", "W3A16 g128"),
+    2: ("2g64", "W2A16", "W2A16 g128"),
+}
 OTHERS = {"rounded to nearest": ("nearest",), "GPTQ": ("GPTQ", "llm-compressor GPTQ"), "AutoRound": ("AutoRound",)}
 
 
@@ -486,22 +490,20 @@ def beside_others(document: Mapping[str, Any]) -> str:
 
     Of two implementations of GPTQ the better one is shown.
     """
-    lines = [_line(["model", "beside", "ours", *OTHERS]), "|---" * (3 + len(OTHERS)) + "|"]
+    lines = [line(["model", "beside", "ours", *OTHERS]), "|---" * (3 + len(OTHERS)) + "|"]
     for model, rows in by_model(document):
         points = points_of(rows)
-        for bits, share in BESIDE.items():
-            if bits == 8:  # where nobody loses anything
-                continue
-            ours = _at(points, "ours", share)
+        for bits, groups in GROUPS.items():
+            ours = _at(points, "ours", BESIDE[bits])
             if ours is None:
                 continue
             found = [ours]
             for names in OTHERS.values():
-                methods = {f"{name} {group}" for name in names for group in GROUPS[bits]}
+                methods = {f"{name} {group}" for name in names for group in groups}
                 of_name = [point for point in points if point.method in methods]
                 found.append(min(of_name, key=lambda point: point.mean, default=None))
             cells = ["" if each is None else f"{each.stored:.1%}: {_nats(each.mean)}" for each in found]
-            lines.append(_line([model, f"int{bits}", *cells]))
+            lines.append(line([model, f"int{bits}", *cells]))
     return "\n".join(lines)
 
 
@@ -571,7 +573,8 @@ def by_model(document: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     return [(model, list(rows)) for model, rows in groupby(document["rows"], key=lambda row: row["model"])]
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a table."""
     return "| " + " | ".join(cells) + " |"
 
 

@@ -42,7 +42,18 @@ from typing import Any
 
 import torch
 import transformers
-from bytes import BESIDE, Given, file_bytes, gptq_matrices, has, nearest_matrices, rounded, with_matrices
+from bytes import (
+    BESIDE,
+    Given,
+    by_model,
+    file_bytes,
+    gptq_matrices,
+    has,
+    line,
+    nearest_matrices,
+    rounded,
+    with_matrices,
+)
 from quality import Measurement, Setting
 from real_subjects import IGNORED, MODELS, STAND_IN, STAND_INS, Prepared, unpacked
 from torch import Tensor, nn
@@ -185,7 +196,7 @@ def run(command: Sequence[str], folder: Path) -> Taken:
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
-        lines = [line.strip() for line in said.read().replace("\r", "\n").splitlines() if line.strip()]
+        lines = [each.strip() for each in said.read().replace("\r", "\n").splitlines() if each.strip()]
     seconds = round(used.ru_utime + used.ru_stime, 1)
     return Taken(process.returncode, lines[-1] if lines else "", seconds, used.ru_maxrss * 1024)
 
@@ -342,45 +353,45 @@ def weight_bytes(folder: Path) -> int:
 
 def beside_others(document: Mapping[str, Any]) -> str:
     """Ours beside all layers in 8, 4, 3, and 2 bits: share of the 16-bit bytes, and loss increase with its error."""
-    lines = [_line(["model", "beside", "ours", "rounded to nearest", "GPTQ", "latency", "CPU time", "memory"])]
+    lines = [line(["model", "beside", "ours", "rounded to nearest", "GPTQ", "latency", "CPU time", "memory"])]
     lines.append("|---" * 8 + "|")
-    for model, rows in _by_model(document):
+    for model, rows in by_model(document):
         for bits, share in BESIDE.items():
             at = {row["method"]: row for row in rows if row["share"] in (None, share)}
             if OURS not in at:
                 continue
             others = [at.get(f"{name} {WIDTHS[bits]}") for name in ("nearest", "GPTQ")]
-            lines.append(_line([model, f"int{bits}", *map(_quality, [at[OURS], *others]), *_costs(at[OURS])]))
+            lines.append(line([model, f"int{bits}", *map(_quality, [at[OURS], *others]), *_costs(at[OURS])]))
         for row in rows:
             if row["method"] == FOR_SPEED:
-                lines.append(_line([model, "for speed", _quality(row), "", "", *_costs(row)]))
+                lines.append(line([model, "for speed", _quality(row), "", "", *_costs(row)]))
     return "\n".join(lines)
 
 
 def accuracies(document: Mapping[str, Any]) -> str:
     """Accuracy, and agreement with the dense model, of every cell."""
-    lines = [_line(["model", "method", "bytes", "file", "loss increase", "accuracy", "agreement"]), "|---" * 7 + "|"]
-    for model, rows in _by_model(document):
+    lines = [line(["model", "method", "bytes", "file", "loss increase", "accuracy", "agreement"]), "|---" * 7 + "|"]
+    for model, rows in by_model(document):
         about = document["models"][model]
-        lines.append(_line([model, "dense", "", _megabytes(about["file"]), "", f"{about['accuracy']:.1%}", ""]))
+        lines.append(line([model, "dense", "", _megabytes(about["file"]), "", f"{about['accuracy']:.1%}", ""]))
         for row in rows:
             if "refused" in row:
-                lines.append(_line([model, row["method"], f"{row['share']:.1%}", "", "refused", "", ""]))
+                lines.append(line([model, row["method"], f"{row['share']:.1%}", "", "refused", "", ""]))
                 continue
             loss = f"{row['loss_increase']:+.4f} ± {row['error']:.4f}"
             size = _megabytes(row["file"]) if "file" in row else ""
             quality = [f"{row['accuracy']:.1%}", f"{row['agreement']:.1%}"]
-            lines.append(_line([model, row["method"], f"{row['share_stored']:.1%}", size, loss, *quality]))
+            lines.append(line([model, row["method"], f"{row['share_stored']:.1%}", size, loss, *quality]))
     return "\n".join(lines)
 
 
 def packages(document: Mapping[str, Any]) -> str:
     """What the models and their data come from."""
-    lines = [_line(["model", "predicts", "dense", "packages"]), "|---" * 4 + "|"]
+    lines = [line(["model", "predicts", "dense", "packages"]), "|---" * 4 + "|"]
     for model, about in document["models"].items():
         named = "; ".join(f"`{each['name']}` ({each['license']}: {each['stated_in']})" for each in about["packages"])
         dense = f"{about['loss']:.3f} nats, {about['accuracy']:.1%} right of {about['predictions']:,}"
-        lines.append(_line([f"{model}: {about['about']}", about["predicts"], dense, named]))
+        lines.append(line([f"{model}: {about['about']}", about["predicts"], dense, named]))
     return "\n".join(lines)
 
 
@@ -400,15 +411,6 @@ def _costs(row: Mapping[str, Any]) -> list[str]:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-
-def _by_model(document: Mapping[str, Any]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    for model, rows in groupby(document["rows"], key=lambda row: row["model"]):
-        yield model, list(rows)
-
-
-def _line(found: Sequence[str]) -> str:
-    return "| " + " | ".join(found) + " |"
 
 
 def main() -> None:
