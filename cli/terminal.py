@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from compressor.api.shell_options import ShownOptions
 from compressor.cli.pace import Estimate, Pace
 from compressor.errors import CompressorError
+from compressor.formatting import format_estimate
 from compressor.progress import Progress, Step, expect
 
 if TYPE_CHECKING:
@@ -151,6 +152,9 @@ class _Bars:
     def expect(self, steps: Sequence[Step]) -> None:
         self._announced = bool(steps)
         self._pace.expect(steps)
+        # What went before, such as the search for a seed, is no part of these.
+        self._bars.update(self._task, completed=0, left="")
+        self._bars.tasks[0].total = None
 
     def __call__(self, step: str, done: int, total: int) -> None:
         self._pace.note(step, done, total)
@@ -222,10 +226,8 @@ class ProgressLines:
             first_at, first_done = self._first_calls[step]
             parts = done - first_done
             left = (now - first_at) * (total - done) / parts if parts > 0 else None
-            self._put(
-                f"{step}: {done} of {total}" + ("" if left is None else f", about {_duration(left)} left of this step"),
-                done / total,
-            )
+            of_step = "" if left is None else f", about {format_estimate(left)} left of this step"
+            self._put(f"{step}: {done} of {total}{of_step}", done / total)
 
     def _due(self, more: float) -> bool:
         waited = self._clock() - self._written_at
@@ -237,13 +239,7 @@ class ProgressLines:
 
 
 def _left(estimate: Estimate) -> str:
-    return f"{'at most about' if estimate.at_most else 'about'} {_duration(estimate.seconds)} left in all"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{'at most about' if estimate.at_most else 'about'} {format_estimate(estimate.seconds)} left in all"
 
 
 class _ConsoleHandler(logging.Handler):

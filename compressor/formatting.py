@@ -48,5 +48,18 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def format_estimate(seconds: float) -> str:
+    """A duration that is only expected, to about one digit: no estimate is worth more."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 115 * size:
+            return _coarse(seconds / size, unit)
+    return _coarse(seconds / 3600, "h")
+
+
+def _coarse(value: float, unit: str) -> str:
+    step = 1 if value < 9.5 else 5 if value < 57.5 else 10
+    return f"{max(step, step * round(value / step))} {unit}"
+
+
 def format_shape(shape: tuple[int, ...]) -> str:
     return " x ".join(str(side) for side in shape)

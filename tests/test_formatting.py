@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.formatting import format_percent, format_seconds, format_short, format_size, one_line
+from compressor.formatting import format_estimate, format_percent, format_seconds, format_short, format_size, one_line
 
 
 @given(st.text())
@@ -31,6 +31,22 @@ def test_a_time_in_words_is_the_time(seconds: float) -> None:
     number, unit = format_seconds(seconds).split()
     in_unit = {"µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}[unit]
     assert abs(float(number) * in_unit - seconds) <= max(0.006 * seconds, 0.51 * in_unit * (unit in ("min", "h")))
+
+
+@given(st.floats(1, 1e6))
+def test_an_expected_time_is_said_to_the_digit_that_it_is_worth(seconds: float) -> None:
+    number, unit = format_estimate(seconds).split()
+    in_unit = {"s": 1.0, "min": 60.0, "h": 3600.0}[unit]
+    assert int(number) * in_unit == pytest.approx(seconds, rel=1 / 3)
+    assert len(number.rstrip("0")) == 1 or (number.endswith("5") and int(number) < 60) or int(number) >= 100
+    assert (int(number) < 120) or unit == "h"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.0, "1 s"), (5.31, "5 s"), (27.0, "25 s"), (64.0, "60 s"), (117.0, "2 min"), (7e3, "2 h")]
+)
+def test_an_expected_time_reads_as_one_would_say_it(seconds: float, words: str) -> None:
+    assert format_estimate(seconds) == words
 
 
 @given(st.integers(0, 10**17))

@@ -27,6 +27,7 @@ from compressor.adapters import (
     resized_artifact,
     written_as,
 )
+from compressor.api.announced import adapter_steps
 from compressor.api.option import Options
 from compressor.api.options import CompressOptions, ExportOptions, InspectOptions, MergeOptions
 from compressor.api.requests import memory_of_jobs, requested_budget
@@ -54,7 +55,7 @@ from compressor.io import (
 from compressor.model import ModelLike
 from compressor.planning import PLANNING, Budget, Plan, checked_budget, given_plan
 from compressor.planning.budget import BudgetKind
-from compressor.progress import Progress
+from compressor.progress import Progress, expect
 from compressor.recipe import TrainingRecipe
 from compressor.results import AdapterChange, BeforeAfter, Compression, Export, Inspection, Merging
 from compressor.torch_state import CPU
@@ -120,6 +121,9 @@ def compress_adapter(adapter: Adapter, asked: CompressOptions) -> Compression:
     given = None if asked.plan is None else planned_ranks(adapter, *given_plan(asked.plan))
     target = None if asked.dry_run else _target(adapter, asked)
     with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
+        measures = asked.dry_run or (given is None and needs_spectra(budget))
+        steps = adapter_steps(adapter, measures=measures)
+        expect(asked.progress, steps[:1] if asked.dry_run else steps)
         ranks, planned = _ranks(adapter, budget, asked.progress, engine=engine, given=given, predicts=asked.dry_run)
         if requested_budget(asked) is None and all(
             module.kept_as_it_is(rank) for module, rank in zip(adapter.modules, ranks, strict=True)
@@ -237,6 +241,7 @@ def merge_adapters(models: Sequence[str | Path], opened: Sequence[Adapter | None
     target = checked_target(first, asked.output, naming, overwrite=asked.overwrite, others=others)
     with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
         ranks = tuple(module.rank for module in merged.modules)
+        expect(asked.progress, adapter_steps(merged, measures=budget is not None and needs_spectra(budget)))
         if budget is not None:
             ranks, _ = _ranks(merged, budget, asked.progress, engine=engine)
         changes = _Changes(len(ranks), asked.progress)

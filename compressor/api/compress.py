@@ -16,6 +16,7 @@ from torch import nn
 
 from compressor.api.adapters import compress_adapter, opened_adapter, require_no_adapter_options
 from compressor.api.adapters_on_base import compress_adapter_on_base
+from compressor.api.announced import search_settings, sizes_at_once, timed_work
 from compressor.api.calibration_data import calibration_settings
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
@@ -62,18 +63,12 @@ from compressor.api.requests import (
 )
 from compressor.api.work_folder import expect_data, kept_calibration, kept_work, note_output
 from compressor.api.workload import (
-    CompressionWork,
     FirstRun,
-    Workers,
     first_run,
-    timed_decompositions,
-    work_on_calibration,
-    work_on_data,
-    work_on_quantization,
 )
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
-from compressor.calibration.drop import DropGate, tried_at_once
+from compressor.calibration.drop import DropGate
 from compressor.calibration.search import PlannedModel, PlanRequest
 from compressor.calibration.uniform import QuantizedAlike, on_data, quantized_alike
 from compressor.data import EvaluationData
@@ -112,9 +107,7 @@ from compressor.planning import (
     LayerPlan,
     MeasuredLayer,
     Plan,
-    PlanningSettings,
     is_worthwhile,
-    quantized_forms,
     worthwhile_size,
 )
 from compressor.progress import expect, takes_steps
@@ -563,9 +556,9 @@ def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, plac
     if first is not None and data.calibration is not None:
         settings = calibration_settings(asked, data.calibration)
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
-        if settings.refine and (search := _search_settings(asked)) is not None:
+        if settings.refine and (search := search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
-        examples = replace(examples, sizes=SizesInWorkers.of(_at_once(asked, subject, data, run=run), run))
+        examples = replace(examples, sizes=SizesInWorkers.of(sizes_at_once(asked, subject, data, run=run), run))
         if subject.files is not None:
             examples = replace(examples, slices=SlicesInWorkers.of(data.calibration, settings, run))
     held = replace(_held_models(asked, subject, data, size=size, first=first, run=run), jobs=run.engine.here)
@@ -574,7 +567,8 @@ def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, plac
     needs = needs_of(size, examples, places, held=held)
     require_available(replace(needs, output=replace(needs.output, needed=0)) if asked.dry_run else needs)
     if eligible and (asked.dry_run or takes_steps(run.progress)):
-        work = _timed_work(asked, subject, data, first=first, run=run)
+        quantized = requested_quantized_forms(asked, subject, calibrated=data.calibration is not None)
+        work = timed_work(asked, subject, data, quantized=quantized, first=first, run=run)
         expect(run.progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
         needs = in_time(needs, work.steps(given=asked.plan is not None, writes=True))
     if (needs.most_seconds or 0.0) > NEEDS.worth_saying:
@@ -600,70 +594,6 @@ def _held_models(
         return Held(0, 0 if asked.dry_run else output_bytes(size) + measuring, freed)
     compared = size.dense + output_bytes(size) + measuring if data.report is not None and not asked.dry_run else 0
     calibrating = size.streamed if runs else 0
-    if data.calibration is None and _at_once(asked, subject, data, run=run) > 1:
+    if data.calibration is None and sizes_at_once(asked, subject, data, run=run) > 1:
         calibrating += run.engine.here * (size.streamed + size.factors)
     return Held(calibrating, compared, freed)
-
-
-def _timed_work(
-    asked: CompressOptions, subject: Model, data: OpenedData, *, first: FirstRun | None, run: Run
-) -> CompressionWork:
-    """What `compress` will do, in seconds."""
-    eligible = [layer for layer in subject.layers if layer.eligible]
-    workers = Workers.of(run)
-    with workers.timing():
-        decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
-        known = None if data.calibration is None else calibration_settings(asked, data.calibration)
-        quantization = work_on_quantization(
-            subject.checkpoint,
-            eligible,
-            requested_quantized_forms(asked, subject, calibrated=data.calibration is not None),
-            device=run.device,
-            settings=known,
-        )
-    calibration = trial = evaluation = None
-    if any(each is not None for each in (data.calibration, data.search, data.report)):
-        dense, settings = subject.streamed, calibration_settings(asked, data.calibration)
-        if data.calibration is not None and first is not None:
-            calibration = work_on_calibration(
-                dense, eligible, data.calibration, first=first, run=run, settings=settings
-            )
-            if calibration is not None and subject.files is None:
-                calibration = replace(calibration, workers=workers)
-            if calibration is not None:
-                uniform = (asked.planning_settings or PLANNING).uniform_widths if settings.uniform else ()
-                plain = {layer.name: quantized_forms(layer, uniform[-1:])[:1] for layer in eligible if uniform}
-                alike = quantization or work_on_quantization(
-                    subject.checkpoint, eligible, plain, device=run.device, settings=settings
-                )
-                calibration = replace(
-                    calibration, quantization=quantization, uniform=alike, uniform_widths=len(uniform)
-                )
-        timing = timing_settings(asked)
-        trial = None if data.search is None else work_on_data(dense, data.search, run.device)
-        evaluation = None if data.report is None else work_on_data(dense, data.report, run.device, timing=timing)
-    at_once = _at_once(asked, subject, data, run=run)
-    return CompressionWork(
-        decompositions,
-        calibration,
-        trial,
-        evaluation,
-        _search_settings(asked),
-        at_once=at_once,
-        workers=workers,
-        quantization=quantization,
-    )
-
-
-def _at_once(asked: CompressOptions, subject: Model, data: OpenedData, *, run: Run) -> int:
-    """How many sizes a search by drop tries at a time."""
-    if data.search is None or _search_settings(asked) is None:
-        return 1
-    return tried_at_once(subject, data.search, run.engine)
-
-
-def _search_settings(asked: CompressOptions) -> PlanningSettings | None:
-    """The settings of a search by drop; None where none was asked for."""
-    budget = requested_budget(asked)
-    searched = budget is not None and budget.kind == "max-drop"
-    return (asked.planning_settings or PLANNING) if searched else None

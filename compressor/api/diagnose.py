@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Unpack
 
+from compressor.api.announced import diagnosis_steps
 from compressor.api.initial import measured_found, with_initial
 from compressor.api.keywords import DiagnoseKeywords
 from compressor.api.option import verb
@@ -13,7 +15,7 @@ from compressor.data import Sample, open_data
 from compressor.diagnosis.findings import all_findings
 from compressor.diagnosis.gradients import SeenLayer, measured_on_data
 from compressor.diagnosis.layers import balance_of, diagnosed_layer
-from compressor.diagnosis.series import measure_series
+from compressor.diagnosis.series import checkpoints_of, measure_series
 from compressor.diagnosis.types import Predictions
 from compressor.engine import Run
 from compressor.errors import BadInput
@@ -25,6 +27,7 @@ from compressor.model import (
     open_model,
     resolve_device,
 )
+from compressor.progress import expect, takes_steps
 from compressor.results import Diagnosis
 from compressor.torch_state import neutral_torch_state
 
@@ -63,6 +66,9 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
     data, series, progress = asked.data, asked.series, asked.progress
     limit = asked.data_samples
     examples = None if data is None else open_data(data, preprocessing(asked, subject), Sample("train", limit))
+    if takes_steps(progress):
+        checkpoints = 0 if series is None else len(checkpoints_of(Path(series))[1])
+        expect(progress, diagnosis_steps(subject, examples, checkpoints=checkpoints, device=chosen))
     evolved = None if series is None else measure_series(series, subject, chosen, progress=progress)
     run = Run(chosen, progress=progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, run) if each.layer.eligible]

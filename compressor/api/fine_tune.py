@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compressor.adapters import AppliedAdapter
+from compressor.api.announced import comparison_seconds, fine_tune_steps, timed_work
 from compressor.api.evaluate import evaluate_models
 from compressor.api.on_data import (
     OpenedData,
@@ -30,6 +31,7 @@ from compressor.api.requests import (
     widths_of,
 )
 from compressor.api.work_folder import kept_calibration
+from compressor.api.workload import CompressionWork, first_run
 from compressor.api.write import Output, written
 from compressor.calibration.drop import DropGate
 from compressor.calibration.search import PlannedModel, PlanRequest
@@ -64,9 +66,11 @@ from compressor.fine_tuning.plan import (
 )
 from compressor.fine_tuning.verification import verify_with_peft
 from compressor.io import Naming, portable_name, refuse_adapter
+from compressor.lowrank import StoredErrors
 from compressor.model import Model, open_model, open_runnable, resolve_device
 from compressor.network import module_architecture, with_ties
 from compressor.planning import Budget
+from compressor.progress import expect, takes_steps
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression, FineTune
@@ -153,6 +157,12 @@ def _compressed(
     naming = naming if of is None else Naming("folder", "-compressed")
     target = output_target(asked, subject, naming, others=[base.checkpoint])
     made_by = provenance(asked, subject.checkpoint)
+    applied = not asked.dry_run and (kind == "module" or data.report is not None)
+    if takes_steps(run.progress) and any(layer.eligible for layer in subject.layers):
+        given, writes = asked.plan is not None, target is not None
+        work = _timed_work(asked, subject, data, quantized=quantized, run=run)
+        compared = comparison_seconds(subject, base, to_all=kind == "adapter")
+        expect(run.progress, fine_tune_steps(compared, work, given=given, applied=applied, writes=writes))
     changes = measured_changes(subject, base, kind, provenance=made_by, quantized=quantized, run=run)
     changes = changes if of is None else _of_adapter(changes, of)
     if data.calibration is None and data.search is None:
@@ -169,26 +179,27 @@ def _compressed(
     stored = stored_changes(changes, adaptation, device=run.device, progress=run.progress)
     if stored.adapter is not None:
         require_pairs(stored.adapter)
-    errors, module, evaluation, verified = stored.errors, None, None, None
-    if not asked.dry_run and (kind == "module" or data.report is not None):
+    errors, module, evaluation, verified = dict[str, float](), None, None, None
+    if applied:
         # What was loaded here needs no copy.
         dense = copy.deepcopy(base.module) if base.in_memory else base.module
         names = subject.architecture or module_architecture(dense)
-        module = adapted_module(adaptation, dense, device=run.device, done=errors, module_name=names.module_name)
+        done = StoredErrors(len(adaptation.paired), run.progress, errors)
+        module = adapted_module(adaptation, dense, device=run.device, done=done, module_name=names.module_name)
         if data.report is not None:
             timing = timing_settings(asked)
             evaluation = evaluate_models(model, open_runnable(module), data.report, run=run, timing=timing)
             require_allowed_drop(evaluation, asked, subject.name)
     with written(stored.artifact, target) as made:
         if stored.adapter is not None and target is not None:
-            verified = finish_adapter(made, stored.adapter, name=target.name, errors=errors.of)
+            verified = finish_adapter(made, stored.adapter, name=target.name, errors=stored.errors.of)
     tuned, correspondence = model.checkpoint, named.correspondence
     only_in_base = 0 if correspondence is None else correspondence.only_in_base
     compression = Compression(
         source=subject.name,
         output=None if target is None else str(target.path),
         recipe=subject.recipe,
-        plan=adaptation.plan.with_errors(errors.of),
+        plan=adaptation.plan.with_errors(errors | stored.errors.of),
         parameters=BeforeAfter(
             tuned.elements if of is None else of.adapter.checkpoint.elements,
             adaptation.numbers if stored.adapter is None else stored.artifact.elements,
@@ -211,6 +222,17 @@ def _compressed(
     )
     compression = replace(compression, warnings=warning_words(compression))
     return replace(compression, pushed=None if target is None else target.push())
+
+
+def _timed_work(
+    asked: CompressOptions, subject: Model, data: OpenedData, *, quantized: Mapping[str, tuple[str, ...]], run: Run
+) -> CompressionWork:
+    """What is done with the differences, which take as long as the layers themselves."""
+    first, eligible = None, [layer for layer in subject.layers if layer.eligible]
+    with held_on_device(subject, data, run):
+        if data.calibration is not None:
+            first = first_run(subject.streamed, eligible, data.calibration, device=run.device)
+        return timed_work(asked, subject, data, quantized=quantized, first=first, run=run)
 
 
 def _of_adapter(changes: Changes, of: AppliedAdapter) -> Changes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressor.api.adapters import merge_adapters, opened_adapter
+from compressor.api.announced import merge_steps
 from compressor.api.keywords import MergeKeywords
 from compressor.api.option import verb
 from compressor.api.options import MergeOptions
@@ -24,6 +25,7 @@ from compressor.merging.comparison import input_overlap, layer_overlaps, merge_w
 from compressor.merging.parts import Part, open_part, part_of
 from compressor.merging.quality import lost_too_much, open_task, task_qualities
 from compressor.model import open_runnable, resolve_device
+from compressor.progress import expect, takes_steps
 from compressor.results import MergeRefused, Merging
 from compressor.torch_state import neutral_torch_state
 
@@ -71,6 +73,8 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
     combination = combined(networks, base, mode, head=asked.head, factory=asked.factory)
     target = _target(combination, asked)
     tasks = [open_task(part, data, asked.data_samples) for part, data in zip(networks, asked.data, strict=False)]
+    if takes_steps(asked.progress):
+        expect(asked.progress, merge_steps(combination, tasks, device))
     overlaps, cosine = layer_overlaps(combination, tasks, device=device, progress=asked.progress)
     artifact = merged_artifact(combination, asked.max_shard_size, asked.progress)
     merging = Merging(

@@ -94,12 +94,12 @@ def timed_decompositions(checkpoint: Checkpoint, layers: Sequence[Layer], device
     middle = sorted(layers, key=_multiplications)[len(layers) // 2]
     if (pair := product_in(checkpoint, middle.tensor)) is not None:
         factors = pair.factors()
-        rate = _least_seconds(lambda: product_svd(factors).spectrum, device) / _multiplications(middle)
+        rate = least_seconds(lambda: product_svd(factors).spectrum, device) / _multiplications(middle)
         return tuple(rate * cost for cost in costs)
     matrix = as_matrix(middle, checkpoint.read(middle.tensor).to(device))
     if not torch.isfinite(matrix).all():
         return costs
-    rate = _least_seconds(lambda: grouped_values(matrix, middle.groups), device) / _multiplications(middle)
+    rate = least_seconds(lambda: grouped_values(matrix, middle.groups), device) / _multiplications(middle)
     return tuple(rate * cost for cost in costs)
 
 
@@ -197,17 +197,17 @@ def work_on_quantization(
         return f"{pair_name(form)}, {'few' if few else 'many'} bits"
 
     alike = [list(each) for _, each in groupby(sorted(own, key=kind), key=kind)]
-    of_errors = sum(len(each) * _least_seconds(errors(each[0]), device) for each in alike)
+    of_errors = sum(len(each) * least_seconds(errors(each[0]), device) for each in alike)
     typical = next((form for form in own if pair_name(form) == DENSE), own[0])
     quantization = _quantization(typical)
     stored = quantize_to_nearest(matrix, quantization.fitted(matrix.shape[1]), scale_dtype=torch.bfloat16)
     rounding = settings is not None and settings.refinement.rounding
     fitted = FittedWeight(stored, rounding=rounding, dtype=torch.float32)
-    forming = _least_seconds(lambda: fitted().sum().backward(), device)
+    forming = least_seconds(lambda: fitted().sum().backward(), device)
     return QuantizationWork(
         errors=shares * of_errors,
-        one_pass=shares * _least_seconds(made(typical, 0), device),
-        in_rounds=shares * _least_seconds(made(typical, known.quantization_rounds), device),
+        one_pass=shares * least_seconds(made(typical, 0), device),
+        in_rounds=shares * least_seconds(made(typical, known.quantization_rounds), device),
         forming=forming * sum(map(_elements, quantized)) / _elements(middle),
     )
 
@@ -426,6 +426,14 @@ class CompressionWork:
     workers: Workers = Workers()
     quantization: QuantizationWork | None = None
 
+    @property
+    def factor_seconds(self) -> float:
+        """Finding the factors of all layers, where they are not found with the plan."""
+        if self.calibration is not None:
+            return 0.0
+        quantizing = 0.0 if self.quantization is None else self.quantization.in_rounds
+        return (FACTORS_COST * sum(self.decompositions) + quantizing) / self.workers.count
+
     def steps(self, *, given: bool, writes: bool) -> list[Step]:
         """All steps: of a search as many trials as there can be; with a given plan, one allocation."""
         decomposing, workers = sum(self.decompositions), self.workers.count
@@ -438,10 +446,7 @@ class CompressionWork:
             steps += self.calibration.calibration_steps()
             planning = self.calibration.planning_steps(decomposing, given=given)
             refinement = self.calibration.refinement_steps(alone=given or self.search is not None)
-        factors = 0.0
-        if self.calibration is None:
-            factors = FACTORS_COST * decomposing / workers
-            factors += 0.0 if self.quantization is None else self.quantization.in_rounds / workers
+        factors = self.factor_seconds
         if self.deciding is None:
             steps += planning + refinement
         else:
@@ -568,7 +573,7 @@ def _optimizer_seconds(sizes: Sequence[int], device: torch.device, settings: Ref
     factor = torch.ones(sorted(sizes)[len(sizes) // 2], device=device)
     factor.grad = torch.ones_like(factor)
     optimizer = adam([factor], 0.0, settings)
-    return _least_seconds(optimizer.step, device)
+    return least_seconds(optimizer.step, device)
 
 
 def work_on_data(
@@ -591,12 +596,13 @@ def timed_forward(model: nn.Module, batch: Batch, device: torch.device) -> Forwa
 def _forward_seconds(model: nn.Module, batch: Batch, device: torch.device) -> float | None:
     try:
         with evaluation_mode(device, model):
-            return _least_seconds(forward_call(model, batch.inputs), device)
+            return least_seconds(forward_call(model, batch.inputs), device)
     except (BadInput, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         return None
 
 
-def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def least_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The least of what a few calls take."""
     found: list[float] = []
     while len(found) < ESTIMATE.most_repeats and sum(found) < ESTIMATE.enough_seconds:
         started = time.perf_counter()

@@ -47,6 +47,7 @@ def measured_on_data(
     progress: Progress | None,
 ) -> tuple[Predictions, dict[str, SeenLayer]]:
     """Run forward and backward passes over the data, and measure the layers and the predictions."""
+    tell: Progress = progress or (lambda *_: None)
     model = subject.with_separate_experts
     eligible = {layer.name: layer for layer in subject.layers if layer.eligible}
     places = {name: layer.module for name, layer in eligible.items()}
@@ -54,18 +55,20 @@ def measured_on_data(
     with evaluation_mode(device, model):
         weights = _weights(model, eligible)  # which may be other parameters than where it came from
         quality = measure_quality(model, data, device=device)
-        gradients, counts = _gradients(model, weights, data=data, progress=progress)
+        tell("evaluate", 1, 1)
+        gradients, counts = _gradients(model, weights, data=data, tell=tell)
         chance = float(counts.max() / counts.sum()) if quality.metric == "accuracy" else float(len(counts))
         batch = data.read(range(min(data.count, data.batch_size, PROBED)))
         examples = len(next(iter(batch.inputs.values())))
         with counted_positions(model) as positions, _last_output_noted(modules) as last:
             logits = logits_of(model, batch.inputs)
         with _batch_statistics(model, examples):
-            degrees = {
-                name: scaling_degree(weight, lambda: logits_of(model, batch.inputs)) for name, weight in weights.items()
-            }
+            degrees = {}
+            for name, weight in weights.items():
+                degrees[name] = scaling_degree(weight, lambda: logits_of(model, batch.inputs))
+                tell("scale invariance", len(degrees), len(weights))
         invariant = {name: weights[name] for name, degree in degrees.items() if degree == 0}
-        squares = _gradient_squares(model, invariant, data=data, batch_size=subject.recipe.batch_size)
+        squares = _gradient_squares(model, invariant, data=data, batch_size=subject.recipe.batch_size, tell=tell)
     seen = {
         name: SeenLayer(
             weight,
@@ -87,7 +90,7 @@ def _weights(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]
 
 
 def _gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], *, data: EvaluationData, progress: Progress | None
+    model: nn.Module, weights: Mapping[str, Tensor], *, data: EvaluationData, tell: Progress
 ) -> tuple[dict[str, Tensor | None], Tensor]:
     """Gradients of the mean cross-entropy at every weight, None for one that is not reached; and the count of each
     label.
@@ -104,8 +107,7 @@ def _gradients(
                     sums[name] = more if sofar is None else sofar.add_(more)
             counted = torch.bincount(labels.cpu(), minlength=classes)
             counts = counted if not len(counts) else counts + counted
-            if progress:
-                progress("gradients", done, -(-data.count // data.batch_size))
+            tell("gradients", done, math.ceil(data.count / data.batch_size))
     for name, total in sums.items():
         if total is not None and not torch.isfinite(total).all():
             raise BadInput(
@@ -130,7 +132,7 @@ def _summed_loss(model: nn.Module, batch: Batch, data: EvaluationData) -> tuple[
 
 
 def _gradient_squares(
-    model: nn.Module, weights: Mapping[str, Tensor], *, data: EvaluationData, batch_size: int | None
+    model: nn.Module, weights: Mapping[str, Tensor], *, data: EvaluationData, batch_size: int | None, tell: Progress
 ) -> dict[str, float]:
     """E||g||^2 of the mean loss of a random mini-batch at every weight; {} if the data are less than a batch."""
     if not weights or batch_size is None or batch_size > data.count:
@@ -139,12 +141,13 @@ def _gradient_squares(
     sums = dict.fromkeys(weights, 0.0)
     everything = list(weights.values())
     with torch.enable_grad(), _only_gradients_of(model, everything), _batch_statistics(model, batch_size):
-        for _ in range(NOISE_BATCHES):
+        for done in range(1, NOISE_BATCHES + 1):
             drawn = torch.randperm(data.count, generator=generator)[:batch_size].tolist()
             loss, labels, _ = _summed_loss(model, data.read(drawn), data)
             found = torch.autograd.grad(loss / len(labels), everything, allow_unused=True)
             for name, gradient in zip(weights, found, strict=True):
                 sums[name] += 0.0 if gradient is None else float(in_float64(gradient).square().sum())
+            tell("gradient noise", done, NOISE_BATCHES)
     return {name: total / NOISE_BATCHES for name, total in sums.items()}
 
 

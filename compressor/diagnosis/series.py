@@ -80,13 +80,13 @@ def measure_series(
     Raises `BadInput` for a folder with fewer than two checkpoints, for two of the same step, for ambiguous names, and
     for a checkpoint that lacks a layer of the model or has it in another shape.
     """
-    unit, found = _checkpoints(Path(folder))
+    unit, found = checkpoints_of(Path(folder))
     layers = [layer for layer in subject.layers if layer.eligible]
     ranks: dict[str, list[EffectiveRanks]] = {layer.name: [] for layer in layers}
     norms: dict[str, list[float]] = {layer.name: [] for layer in layers}
-    for done, (_, path) in enumerate(found, start=1):
+    for before, (_, path) in enumerate(found):
         checkpoint = open_checkpoint(path)
-        for layer in layers:
+        for done, layer in enumerate(layers, start=before * len(layers) + 1):
             info = checkpoint.tensors.get(layer.tensor)
             if info is None or tuple(info.shape) != layer.tensor_shape:
                 how = "lacks" if info is None else "has another shape of"
@@ -100,15 +100,16 @@ def measure_series(
             values = grouped_values(as_matrix(layer, weight.to(device)), layer.groups)
             ranks[layer.name].append(effective_ranks(values))
             norms[layer.name].append(math.hypot(*values))
-        if progress:
-            progress("series", done, len(found))
+            if progress:
+                progress("series", done, len(found) * len(layers))
     measured = tuple(SeriesLayer(layer.name, tuple(ranks[layer.name]), tuple(norms[layer.name])) for layer in layers)
     return RankSeries(
         str(folder), tuple(path.name for _, path in found), tuple(step for step, _ in found), measured, unit
     )
 
 
-def _checkpoints(folder: Path) -> tuple[Unit, list[tuple[int, Path]]]:
+def checkpoints_of(folder: Path) -> tuple[Unit, list[tuple[int, Path]]]:
+    """What the checkpoints of one run are numbered by, and each with its number, in their order."""
     if not folder.is_dir():
         raise BadInput("is no folder", where=folder, remedy="give the folder that holds the checkpoints of one run")
     unit, numbers = named_steps(folder, [path for path in sorted(folder.iterdir()) if _has_weights(path)])

@@ -151,20 +151,15 @@ def compare_checkpoints(
     shares: dict[str, BaseShare] = {}
     rounded: dict[str, Rounding] = {}
     stored: dict[str, StoredTensor] = {}
+    extended = frozenset[str]() if vocabulary is None else vocabulary.tensors
     for done, (name, info) in enumerate(tuned.tensors.items(), start=1):
         if tuned.stored(name) is base.stored(name):  # it lacks the tensor, and has that of the base
             continue
-        new, old = tuned.read(name), base.read(name)
-        require_finite(name, new, tuned.source)
-        require_finite(name, old, base.source)
-        if not torch.equal(new.to(torch.float64), old.to(torch.float64)):
+        found = compare_tensors(tuned, base, name, recipe=recipe, to_all=to_all, extended=name in extended)
+        if found is not None:
             changed.add(name)
-            extended = vocabulary is not None and name in vocabulary.tensors
-            if info.dtype.is_floating_point and len(info.shape) >= 2 and not extended:
-                share = _base_share(new, old, recipe.of_parameter(name), to_all=to_all)
-                if share is not None:
-                    shares[name] = share
-                rounded[name] = rounding(new, _subtracted(new, old, 1.0 if share is None else share.share))
+            rounded |= {} if found.rounding is None else {name: found.rounding}
+            shares |= {} if found.share is None else {name: found.share}
         if info.dtype.is_floating_point:
             stored[name] = _Subtracted(tuned, base, name, shares[name].share if name in shares else 1.0)
         if progress:
@@ -174,6 +169,29 @@ def compare_checkpoints(
     tensors = {name: tuned.tensors[name] for name in stored}
     differences = replace(tuned, tensors=tensors, metadata={}, _stored=stored)
     return Difference(tuned, base, frozenset(changed), shares, differences, rounded, vocabulary)
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """What is left of the base in a matrix that changed, and what of the change is rounding; None of other tensors."""
+
+    share: BaseShare | None = None
+    rounding: Rounding | None = None
+
+
+def compare_tensors(
+    tuned: Checkpoint, base: Checkpoint, name: str, *, recipe: TrainingRecipe, to_all: bool, extended: bool = False
+) -> TensorChange | None:
+    """What became of one tensor; None where it is as it was. Raises `BadInput` where it is not finite."""
+    new, old = tuned.read(name), base.read(name)
+    require_finite(name, new, tuned.source)
+    require_finite(name, old, base.source)
+    if torch.equal(new.to(torch.float64), old.to(torch.float64)):
+        return None
+    if not new.dtype.is_floating_point or new.dim() < 2 or extended:
+        return TensorChange()
+    share = _base_share(new, old, recipe.of_parameter(name), to_all=to_all)
+    return TensorChange(share, rounding(new, _subtracted(new, old, 1.0 if share is None else share.share)))
 
 
 def _extended(base: Checkpoint, vocabulary: Vocabulary | None) -> Checkpoint:

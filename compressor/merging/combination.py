@@ -89,21 +89,25 @@ class Combination:
 
     def _tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         for name in merged_names(self.parts):
-            if self.is_kept(name):
-                yield name, self.parts[0].read_exactly(name)
-                continue
-            dtype = reduce(torch.promote_types, (part.infos[name].dtype for part in self.parts))
-            weight = self._joined(name, read)
-            if isinstance(weight, Tensor):
-                oriented = weight.T if self._is_transposed(name) else weight
-                yield self._place(name), require_in_range(name, oriented.to(dtype).contiguous())
-                continue
-            layer, kind = layer_name(name), self._kind_of_pairs(name)
-            assert kind is not None
-            yield name, torch.empty(MARKERS[kind], dtype=dtype)
-            for role, factor in _stored(weight, kind).items():
-                numbers = factor.is_floating_point()
-                yield join(layer, role), require_in_range(name, factor.to(dtype).contiguous()) if numbers else factor
+            yield from self.merged(name, read)
+
+    def merged(self, name: str, read: Read = Part.read) -> Iterator[tuple[str, Tensor]]:
+        """What is stored for one tensor of the dense networks: itself, or the factors of its layer."""
+        if self.is_kept(name):
+            yield name, self.parts[0].read_exactly(name)
+            return
+        dtype = reduce(torch.promote_types, (part.infos[name].dtype for part in self.parts))
+        weight = self._joined(name, read)
+        if isinstance(weight, Tensor):
+            oriented = weight.T if self._is_transposed(name) else weight
+            yield self._place(name), require_in_range(name, oriented.to(dtype).contiguous())
+            return
+        layer, kind = layer_name(name), self._kind_of_pairs(name)
+        assert kind is not None
+        yield name, torch.empty(MARKERS[kind], dtype=dtype)
+        for role, factor in _stored(weight, kind).items():
+            numbers = factor.is_floating_point()
+            yield join(layer, role), require_in_range(name, factor.to(dtype).contiguous()) if numbers else factor
 
     def _joined(self, name: str, read: Read) -> Weight:
         weights = []

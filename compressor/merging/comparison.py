@@ -42,16 +42,15 @@ def layer_overlaps(
         modules = [part.model.module for part in parts]
         start = None if base is None else base.model.module
         with on_device(device, *modules, *(() if start is None else (start,))):
-            measured = measured_interference(modules, tasks, device=device, base=start)
-    names = [name for name in parts[0].matrices if _same_inputs(combination.parts, name)]
+            measured = measured_interference(modules, tasks, device=device, base=start, progress=progress)
+    names = compared_layers(combination)
     overlaps = []
     products = dict.fromkeys(combinations(range(len(parts)), 2), 0.0)
     squares = [0.0] * len(parts)
     for done, name in enumerate(names, start=1):
         matrices = _matrices(combination, name, device)
-        edges = None if base is None else _rounding_edges(parts, matrices, name)
         interference = measured.get(parts[0].matrices[name].module)
-        overlaps.append(layer_overlap(layer_name(name), matrices, interference, edges=edges))
+        overlaps.append(_overlap(combination, name, matrices, interference=interference))
         if len({matrix.shape for matrix in matrices}) == 1:
             for first, second in products:
                 products[first, second] += float((matrices[first] * matrices[second]).sum())
@@ -61,6 +60,24 @@ def layer_overlaps(
     norms = {pair: (squares[pair[0]] * squares[pair[1]]) ** 0.5 for pair in products}
     cosine = max(product / norms[pair] if norms[pair] > 0 else 0.0 for pair, product in products.items())
     return tuple(overlaps), cosine
+
+
+def overlap_of(combination: Combination, name: str, device: torch.device) -> LayerOverlap:
+    """The overlap of one layer, as its matrices alone tell it."""
+    return _overlap(combination, name, _matrices(combination, name, device), interference=None)
+
+
+def _overlap(
+    combination: Combination, name: str, matrices: Sequence[Tensor], *, interference: Sequence[float] | None
+) -> LayerOverlap:
+    parts, base = combination.networks, combination.base
+    edges = None if base is None else _rounding_edges(parts, matrices, name)
+    return layer_overlap(layer_name(name), matrices, interference, edges=edges)
+
+
+def compared_layers(combination: Combination) -> list[str]:
+    """The weights of the layers whose inputs are equally many in all networks."""
+    return [name for name in combination.networks[0].matrices if _same_inputs(combination.parts, name)]
 
 
 def _same_inputs(parts: Sequence[Part], name: str) -> bool:

@@ -16,6 +16,7 @@ from compressor.measure import energy_rank
 from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 from compressor.model import evaluation_mode, logits_of
+from compressor.progress import Progress
 from compressor.torch_state import in_float64
 
 # How many examples of each task the input angles and the interference are measured on: both are means or maxima
@@ -197,6 +198,7 @@ def measured_interference(
     *,
     device: torch.device,
     base: nn.Module | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Each layer's interference for each task, on the inputs that the layer sees when its own network runs alone.
 
@@ -240,6 +242,8 @@ def measured_interference(
             for hook in hooks:
                 hook.remove()
         found.append({name: (top / bottom) ** 0.5 if bottom > 0 else 0.0 for name, (top, bottom) in squares.items()})
+        if progress:
+            progress("interference", task + 1, len(models))
     return {name: tuple(each[name] for each in found) for name in found[0] if all(name in each for each in found)}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from compressor.formatting import format_percent, format_seconds, format_size, one_line
+from compressor.formatting import format_estimate, format_percent, format_size, one_line
 
 if TYPE_CHECKING:
     from compressor.archiving import ArchivedCheckpoint
@@ -87,7 +87,7 @@ def needed_time_words(needs: Needs) -> str:
     """The time that a compression is expected to take."""
     assert needs.seconds is not None
     assert needs.most_seconds is not None
-    least, most = format_seconds(needs.seconds), format_seconds(needs.most_seconds)
+    least, most = format_estimate(needs.seconds), format_estimate(needs.most_seconds)
     return f"about {least}" if least == most else f"about {least} (at most {most})"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,36 +29,13 @@ from compressor.api.workload import (
 )
 from compressor.calibration import CalibrationData, CalibrationSettings
 from compressor.calibration.settings import EndToEndSettings
-from compressor.cli.pace import Pace
 from compressor.engine import InProcess, ProcessPool, Run, processors
 from compressor.model import open_model
 from compressor.planning import PlanningSettings
-from compressor.progress import Step
+from tests.api.followed import Followed
 from tests.calibration.tiny_models import CPU, TWO_PASSES, batch_of, eligible, inputs_for, transformer
 
 pytestmark = pytest.mark.slow
-
-
-class Followed:
-    """Takes what is announced and told, and which announced step each event belongs to."""
-
-    def __init__(self) -> None:
-        self.steps: Sequence[Step] = ()
-        self.seen: list[int | None] = []
-        self._pace = Pace(lambda: 0.0)
-
-    def expect(self, steps: Sequence[Step]) -> None:
-        assert not self.steps, "announced once"
-        self.steps = steps
-        self._pace.expect(steps)
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        assert self.steps, "announced before the first step"
-        self.seen.append(self._pace.note(name, done, total))
-
-    @property
-    def left_out(self) -> list[Step]:
-        return [step for at, step in enumerate(self.steps) if at not in self.seen]
 
 
 def model(width: int = 16) -> nn.Module:
@@ -115,11 +92,7 @@ def _given() -> Plan:
 def test_every_step_was_announced_and_those_that_are_certain_come(command: str, data: Path) -> None:
     seen = Followed()
     COMMANDS[command](data, seen)
-    assert None not in seen.seen
-    assert not [step for step in seen.left_out if step.certain]
-    assert seen.seen[-1] == len(seen.steps) - 1 or not seen.steps[-1].certain
-    assert all(cost >= 0 for step in seen.steps for cost in step.costs)
-    assert all(step.cost > 0 for step in seen.steps if step.name != "factorize")
+    seen.require_all_announced()
 
 
 def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:

@@ -88,8 +88,8 @@ def test_a_silent_minute_is_broken_even_without_a_tenth_more() -> None:
         now += 1
         progress("factorize", done, 10_000)
     assert lines == [
-        "factorize: 60 of 10000, about 2.8 h left of this step",
-        "factorize: 120 of 10000, about 2.7 h left of this step",
+        "factorize: 60 of 10000, about 3 h left of this step",
+        "factorize: 120 of 10000, about 3 h left of this step",
     ]
 
 
@@ -136,7 +136,7 @@ def test_the_lines_of_a_command_that_announced_its_steps_are_few_and_of_the_whol
             progress(step, done, 100)
     assert 6 <= len(lines) <= 10
     assert lines[0] == "measure 40 of 100; 10% of all done, about 6 min left in all"
-    assert lines[-1] == "factorize 91 of 100; 93% of all done, about 27 s left in all"
+    assert lines[-1] == "factorize 91 of 100; 93% of all done, about 25 s left in all"
 
 
 def test_the_most_that_may_be_left_is_called_so() -> None:
@@ -168,6 +168,18 @@ def test_on_a_terminal_there_is_one_bar_for_all_steps() -> None:
         assert len(progress._bars.tasks) == 1  # type: ignore[attr-defined]
     assert "measure" in shown.getvalue()
     assert "25%, about 60 s left" in shown.getvalue()
+
+
+def test_a_bar_of_announced_steps_begins_with_nothing_of_what_went_before() -> None:
+    from rich.console import Console
+
+    with terminal._bars(Console(file=io.StringIO(), force_terminal=True), lambda: 0.0) as progress:
+        [task] = progress._bars.tasks  # type: ignore[attr-defined]
+        progress("search the seed", 7, 9)
+        assert (task.completed, task.total, task.fields["left"]) == (7, 9, "7 of 9")
+        progress.expect([Step("measure", (1.0,) * 2)])  # type: ignore[attr-defined]
+        progress("measure", 1, 2)
+        assert (task.description, task.completed, task.total, task.fields["left"]) == ("measure", 0, None, "")
 
 
 def test_on_request_the_log_tells_how_long_each_step_took_and_what_was_decided(
