@@ -118,6 +118,7 @@ def make(place: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for folder, seed in (("images", 0), ("test", 1)):
         _images(place / folder, seed)
     (place / "run.yaml").write_text("keep: 0.6\ncalibration: none\n")
+    (place / "recipe.yaml").write_text("optimizer: sgd\nlearning_rate: 0.1\nweight_decay: 0.01\nbatch_size: 8\n")
 
 
 def _language_models(place: Path, tokenizer: PreTrainedTokenizerFast) -> None:
