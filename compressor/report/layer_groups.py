@@ -31,15 +31,27 @@ def blocks_of(layers: Sequence[LayerPlan]) -> list[str] | None:
 
 
 def kinds_of(layers: Sequence[LayerPlan], *, most: int = 24) -> list[str]:
-    """What every layer is: its name with stars for its numbers, or where that says nothing, whether it is linear."""
-    patterns = [_pattern(layer.name) for layer in layers]
-    different = set(patterns)
+    """What every layer is by its name, or where names say nothing, whether it is linear."""
+    kinds = kinds_by_name([layer.name for layer in layers], most=most)
+    different = set(kinds)
     telling = len(different) <= most and 2 * len(different) <= len(layers) and different != {"*"}
-    return patterns if telling else [layer.kind for layer in layers]
+    return kinds if telling else [layer.kind for layer in layers]
 
 
-def _pattern(name: str) -> str:
-    """A name with stars for the numbers of blocks: those that end a part, and a last part that is one."""
-    *parts, last = name.split(".")
-    stars = (re.sub(r"\d+$", "*", part) for part in parts)
-    return ".".join([*stars, "*" if last.isdecimal() else last])
+# A part of a name that is a number, as that of a block is; a last part may be one after a dot alone.
+_NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=[._])|(?:(?<=\.)|^)\d+$")
+_ENDS_IN_NUMBER = re.compile(r"\d+(?=\.)")
+
+
+def kinds_by_name(names: Sequence[str], *, most: int) -> list[str]:
+    """The kind of each layer: its name with a star for the number of its block.
+
+    Where these are more than `most` kinds, further numbers do not count either: those that are parts of a name, and
+    then those that end one.
+    """
+    kinds = [_NUMBER.sub("*", name, count=1) for name in names]
+    if len(set(kinds)) > most:
+        kinds = [_NUMBER.sub("*", name) for name in names]
+    if len(set(kinds)) > most:
+        kinds = [_ENDS_IN_NUMBER.sub("*", name) for name in kinds]
+    return kinds

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from compressor.report.layer_groups import kinds_by_name
+
 Row = tuple[str, ...]
 
 # The number of an expert in the name of one of its layers.
@@ -41,26 +43,14 @@ def _range(cells: Iterable[str]) -> str:
     return ", ".join(different[:3]) + (", ..." if len(different) > 3 else "")
 
 
-# A number between other parts of a name: that of a block, in most.
-_BLOCK = re.compile(r"(?<=[._])\d+(?=[._])|^\d+(?=[._])")
 WIDEST_CELL = 15
 
 
 def rows_by_kind(rows: Sequence[Row], *, most: int) -> tuple[Row, ...]:
-    """Rows of layers by name, those of a kind as one: how many they are, and the ranges of their numbers.
-
-    Of a kind are names that differ in the number of the block alone; in further numbers too where these are more than
-    `most` kinds.
-    """
-    by_block = _by_kind(rows, numbers=1)
-    return by_block if len(by_block) <= most else _by_kind(rows, numbers=0)
-
-
-def _by_kind(rows: Sequence[Row], *, numbers: int) -> tuple[Row, ...]:
-    """The rows by kind, where so many numbers of a name do not count; all of them with 0."""
+    """Rows of layers by name, those of a kind as one: how many they are, and the ranges of their numbers."""
     groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_BLOCK.sub("*", row[0], count=numbers), []).append(row)
+    for kind, row in zip(kinds_by_name([row[0] for row in rows], most=most), rows, strict=True):
+        groups.setdefault(kind, []).append(row)
     return tuple(_summed(kind, group) for kind, group in groups.items())
 
 

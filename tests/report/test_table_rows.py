@@ -10,6 +10,7 @@ from rich.console import Console
 
 from compressor.api.flags import with_flags
 from compressor.report.blocks import LayerTable, Page
+from compressor.report.layer_groups import kinds_by_name
 from compressor.report.table_rows import rows_by_kind, rows_of_experts_together
 
 
@@ -104,4 +105,7 @@ def test_few_layers_and_rows_of_something_else_are_as_they_are() -> None:
 def test_further_numbers_of_names_do_not_count_where_there_are_too_many_kinds() -> None:
     rows = [(f"stages.{stage}.blocks.{block}.mlp", "8 x 4") for stage in range(4) for block in range(30)]
     assert rows_by_kind(rows, most=40) == tuple((f"stages.*.blocks.{block}.mlp", "4", "8 x 4") for block in range(30))
+    assert list(dict.fromkeys(kinds_by_name([name for name, _ in rows], most=40))) == [
+        name for name, *_ in rows_by_kind(rows, most=40)
+    ]
     assert rows_by_kind(rows, most=20) == (("stages.*.blocks.*.mlp", "120", "8 x 4"),)
