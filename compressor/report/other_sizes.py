@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +29,8 @@ _SIZES = 60
 # A word of a command with its quotes.
 _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
 
-# The flags that a size replaces, of which it asks for the first; each has one value.
-_REPLACED = tuple(f"--{name}" for name in ("keep", "max-size", "max-latency", "max-drop", "tolerance", "plan"))
+# The flags that may say the size, each with one value: the first that is there does, and others are limits beside it.
+_BUDGETS = tuple(f"--{name}" for name in ("plan", "keep", "max-size", "tolerance", "max-latency", "max-drop"))
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def other_sizes(compression: Compression) -> OtherSizes | None:
     found = []
     for number, nbytes in zip(shown, _bytes(measured, [curve.layers[number] for number in shown]), strict=True):
         keep = min(1.0, max(1, math.ceil(1e4 * curve.parameters[number] / plan.eligible_before)) / 1e4)
-        command = command_for(compression.command, keep)
+        command = command_for(compression.command, keep, compression.output)
         kinds = tuple(_stored_kind([curve.layers[number][place] for place in own]) for own in places.values())
         found.append(OtherSize(beside + nbytes, keep, curve.losses[number], command, kinds))
     loss = plan_loss(curve, layers, None if plan.calibration is None else plan.calibration.predicted_loss)
@@ -136,17 +138,30 @@ def _range(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def command_for(command: str, keep: float) -> str:
-    """The command with another size in place of its own budget; without a command what to pass in Python."""
+def command_for(command: str, keep: float, output: str | None = None) -> str:
+    """The command with another size in place of its own, and another output; without one what to pass in Python.
+
+    Limits beside the size stay. Where a limit was all that said the size, what is about it goes along.
+    """
     if not command:
         return f"keep={keep:g}"
     # As written: a name may contain what begins a comment, or be called like an option, and is then in quotes.
     words = _WORD.findall(command)
     comment = words.index("#") if "#" in words else len(words)
+    flags = [word.partition("=")[0] for word in words[:comment]]
+    replaced = next((flag for flag in _BUDGETS if flag in flags), None)
     kept, skipped = [], False
-    for word in words[:comment]:
-        if skipped or word in _REPLACED:
-            skipped = not skipped
-        elif word.partition("=")[0] not in _REPLACED:
+    for word, flag in zip(words, flags, strict=False):
+        if skipped or flag == replaced:
+            skipped = not skipped and word == flag
+        elif flag != "--allow-miss" or replaced != "--max-drop":
             kept.append(word)
-    return " ".join([*kept, _REPLACED[0], f"{keep:g}", *words[comment:]])
+    named = [] if output is None else ["--output", shlex.quote(_beside(output, keep))]
+    return " ".join([*kept, "--keep", f"{keep:g}", *named, *words[comment:]])
+
+
+def _beside(output: str, keep: float) -> str:
+    """The name of an output of another size, which would not replace this one."""
+    path = PurePath(output)
+    end = path.suffix if path.suffix == ".safetensors" else ""
+    return f"{path.name.removesuffix(end)}-{keep:g}{end}"

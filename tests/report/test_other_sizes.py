@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from compressor import compress
+from compressor.cli.run import run
 from compressor.planning.size import plan_by_size
 from compressor.report.other_sizes import command_for, other_sizes
 from tests.report.many_layers import many_layers
@@ -74,7 +78,12 @@ def test_without_data_they_have_the_errors_of_the_layers() -> None:
     ("command", "expected"),
     [
         ("compress 'my model' --max-size 40MB --data x", "compress 'my model' --data x --keep 0.25"),
-        ("compress m --max-drop 0.01 --keep 0.5 --bits 8", "compress m --bits 8 --keep 0.25"),
+        ("compress m --max-drop 0.01 --keep 0.5 --bits 8", "compress m --max-drop 0.01 --bits 8 --keep 0.25"),
+        ("compress m --max-size 4MB --max-latency 0.8", "compress m --max-latency 0.8 --keep 0.25"),
+        ("compress m --max-drop 0.01 --allow-miss --data x", "compress m --data x --keep 0.25"),
+        ("compress m --allow-miss --max-drop=1% --keep=0.5", "compress m --allow-miss --max-drop=1% --keep 0.25"),
+        ("compress m --plan p.json --max-drop 0.01", "compress m --max-drop 0.01 --keep 0.25"),
+        ("compress m --bits 4", "compress m --bits 4 --keep 0.25"),
         ("compress m --keep=0.5", "compress m --keep 0.25"),
         ("compress m --keep 0.5 # and in Python metric", "compress m --keep 0.25 # and in Python metric"),
         ("compress 'a # b' --keep 0.5 # and in Python metric", "compress 'a # b' --keep 0.25 # and in Python metric"),
@@ -85,3 +94,41 @@ def test_without_data_they_have_the_errors_of_the_layers() -> None:
 def test_a_command_gets_the_size_in_place_of_its_own_budget(command: str, expected: str) -> None:
     assert command_for(command, 0.25) == expected
     assert shlex.split(command_for(command, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("output", "other"),
+    [
+        ("a/small.safetensors", "small-0.25.safetensors"),
+        ("models/small v1.5", "'small v1.5-0.25'"),
+    ],
+)
+def test_another_size_has_another_output(output: str, other: str) -> None:
+    command = "compress m --keep 0.5 # and in Python metric"
+    expected = f"compress m --keep 0.25 --output {other} # and in Python metric"
+    assert command_for(command, 0.25, output) == expected
+
+
+@pytest.mark.slow
+def test_the_command_of_another_size_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit beside the size, and where the output of this one is there."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16))
+    x = torch.randn(60, 24)
+    save_file({"x": x, "y": module(x).argmax(1)}, "data.safetensors")
+    save_file(module.state_dict(), "model.safetensors")
+    Path("net.py").write_text(
+        "from torch import nn\n\n\ndef net():\n"
+        "    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16))\n"
+    )
+    result = compress(
+        "model.safetensors", keep=0.6, max_drop=1.0, data="data.safetensors", factory="net.py:net", prefer="size"
+    )
+    found = other_sizes(result)
+    assert found is not None
+    words = shlex.split(next(each.command for each in found.sizes if 0.3 < each.keep < 0.5))
+    assert "--max-drop" in words
+    assert words[0] == "compress"
+    assert run(words[1:]) == 0
+    assert len(list(tmp_path.glob("model-compressed*.safetensors"))) == 2
