@@ -8,7 +8,7 @@ CONSTRAINTS ?= --constraint constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: docs site demo test test-fast test-oldest explore-properties coverage lint types chromium clean
+.PHONY: docs site demo test test-all test-oldest explore-properties coverage lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,14 +23,15 @@ demo: .venv/core
 	mkdir -p demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/own_network.py --report demo/report.html
 
+# Three quarters of the tests, all of them quick.
 test: .venv/dev
+	$(PYTEST) -m "not slow"
+
+# What a change has to pass.
+test-all: .venv/dev
 	$(PYTEST)
 
-# What is quick, in one process.
-test-fast: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
-
-# The tests of properties, on examples that are drawn anew each time; `make test` draws the same ones.
+# The tests of properties, on examples that are drawn anew each time; `make test-all` draws the same ones.
 explore-properties: .venv/dev
 	HYPOTHESIS_PROFILE=explore $(PYTEST) -m hypothesis
 
