@@ -8,7 +8,6 @@ itself, which are `InitialLayer`s until their weights are formed.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,8 +23,8 @@ from compressor.initial import InitialWeights, initial_name, initial_tensor
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_in_range
 from compressor.lowrank.modules import carry_hooks, carry_over, carry_state_hooks, low_rank_layer, put_layer, tied_head
 from compressor.lowrank.spec import METADATA_KEY, InitialRecord, InitialTensor, LayerSpec, LowRankSpec
-from compressor.lowrank.stored_pairs import file_record, join, spec_of
-from compressor.lowrank.tensor_format import as_matrix
+from compressor.lowrank.stored_pairs import file_record, join, spec_of, stored_pairs
+from compressor.lowrank.tensor_format import as_matrix, dense_infos
 from compressor.network import Layer, layer_name
 from compressor.planning import LayerPlan
 from compressor.torch_state import CPU, brought_to, in_float64
@@ -227,13 +226,15 @@ def formed_checkpoint(checkpoint: Checkpoint, given: InitialWeights | None = Non
         changed |= {join(name, factor): None for factor in dense.factors} | {marker.name: dense}
     record = file_record(checkpoint) | spec.without_initial().to_dict()
     record.pop("initial", None)
-    formed = checkpoint.changed(changed)
-    _require_modest(spec.initial, formed.elements, checkpoint.source)
-    return replace(
-        formed,
+    formed = replace(
+        checkpoint.changed(changed),
         metadata={**checkpoint.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)},
         config=None if checkpoint.config is None else formed_config(checkpoint.config),
     )
+    # Other layers may be pairs or integers, which are fewer numbers than were drawn for them.
+    restored = dense_infos(formed, stored_pairs(formed))
+    _require_modest(spec.initial, sum(info.elements for info, _ in restored.values()), checkpoint.source)
+    return formed
 
 
 def formed_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -341,16 +342,16 @@ def put_initial(root: nn.Module, name: str, form: str, *, rank: int) -> PutLayer
     return PutLayer(layer, head, tuple(declared))
 
 
-def form_layers(root: nn.Module, put: Mapping[str, PutLayer], spec: LowRankSpec) -> None:
+def form_layers(root: nn.Module, put: Mapping[str, PutLayer], spec: LowRankSpec, *, numbers: int) -> None:
     """Put the ordinary dense layers in the places of filled `InitialLayer`s, by their names in a specification.
 
-    Raises `BadInput` where their initial weights are not those that the model was compressed with.
+    The dense model has so many `numbers`. Raises `BadInput` where initial weights are not those that the model was
+    compressed with.
     """
     if not put:
         return
     assert spec.initial is not None
-    numbers = sum(math.prod(each.layer.stands_for.tensor_shape) for each in put.values())
-    _require_modest(spec.initial, numbers + sum(each.numel() for each in root.parameters()), None)
+    _require_modest(spec.initial, numbers, None)
     starts = RecordedStarts(spec.initial, _given.get(), None)
     for name, each in put.items():
         layer, share = each.layer, spec.layers[name].share

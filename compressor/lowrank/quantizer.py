@@ -78,6 +78,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if any(layer.kind == "embedding" for layer in layers.values()):
             join_embeddings(model)
         modules = dict(model.named_modules())
+        self._numbers = sum(each.numel() for each in model.parameters())
         self._initial: dict[str, PutLayer] = {}
         for name, layer in layers.items():
             place = _place(name, modules, prefix)
@@ -104,7 +105,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if not spec.from_initial and spec.source is None:
             return model
         if spec.from_initial:
-            form_layers(model, self._initial, spec)
+            form_layers(model, self._initial, spec, numbers=self._numbers)
         others = without_source(spec.without_initial())
         if others.layers:
             self.quantization_config.spec = others

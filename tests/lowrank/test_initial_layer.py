@@ -38,6 +38,7 @@ from compressor.lowrank import (
 )
 from compressor.lowrank.rewriting import filled_layer, rewritten_factors
 from compressor.model import inspect_layers, load_model
+from compressor.planning import LayerPlan
 from tests.lowrank.started import GPT2, KINDS, Kinds, gpt2, opened, outputs, planned, rewriting_of, trained, write
 
 torch.set_num_threads(1)
@@ -360,3 +361,32 @@ def test_the_artifact_says_what_it_will_take(small: tuple[Any, Path]) -> None:
     path = small[1]
     rewriting = rewriting_of(opened(path.with_name("dense.pt"), InitialWeights.from_seed(Kinds, 3), Kinds), KINDS)
     assert compressed_artifact(rewriting, 10**9).bytes == path.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dense@4", "plain"])
+def test_few_layers_from_the_start_among_others_that_are_stored_in_few_numbers(form: str, tmp_path: Path) -> None:
+    """The start of a layer is drawn with those of all before it, whatever became of these."""
+
+    def build() -> Any:
+        config = transformers.GPT2Config(n_embd=96, n_layer=2, n_head=2, vocab_size=24, n_positions=8)
+        return transformers.GPT2LMHeadModel(config)
+
+    model, initial = trained(build)
+    model.save_pretrained(tmp_path / "dense")
+    last = "transformer.h.1.mlp.c_proj"
+    subject = opened(tmp_path / "dense", initial)
+    rewriting = rewriting_of(subject, {last: ("plain", 2)})
+    others = tuple(
+        LayerPlan(layer.name, (0, 0), "", 2 if form == "plain" else 0, form, 0, 0.0, "")
+        for layer in subject.layers
+        if layer.eligible and layer.kind != "embedding" and layer.name != last
+    )
+    assert sum(math.prod(layer.shape) for layer in subject.layers) > 3 * 2**16
+    plan = replace(rewriting.plan, layers=(*others, *rewriting.plan.layers))
+    write(replace(rewriting, plan=plan), tmp_path / "small")
+    expected = model.get_submodule(last).weight
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "small").get_submodule(last).weight
+    torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
+    read = formed_checkpoint(open_checkpoint(tmp_path / "small")).read(f"{last}.weight")
+    torch.testing.assert_close(read, expected.detach(), rtol=1e-4, atol=1e-5)
