@@ -19,12 +19,14 @@ UNITS = "s|ms|min|GB|MB|kB|GiB|MiB|%|nats|points?|seconds?|minutes?|hours?|times
 # A number with a unit, or with decimals; before the point of an arXiv number are four digits.
 FIGURE = re.compile(rf"(?<![\w.`-])(?:\d[\d,.]*\s?(?:{UNITS})(?![\w`/])|\d{{1,3}}\.\d+(?!\w|\.\d))")
 # Versions, which follow a name or another version.
-PACKAGES = "Python|torch|transformers|diffusers|peft|compressed-tensors]?|gguf|onnx|onnxruntime|lm_eval|vLLM|version|capability"
-VERSIONS = re.compile(rf"\b(?:{PACKAGES}) \d+\.\d+(?:\.\d+)?(?:(?:, | and )\d+\.\d+)*")
+PACKAGES = "Python|torch|transformers|diffusers|peft|compressed-tensors]?|gguf|onnx|onnxruntime|lm_eval|vLLM"
+VERSIONS = re.compile(rf"\b(?:{PACKAGES}|version|capability) \d+\.\d+(?:\.\d+)?(?:(?:, | and )\d+\.\d+)*")
 # What is no measurement: where it stands, and what it is.
 ALLOWED = {
     "docs/adapters.md": {"90 %": "a column's definition", "99 %": "a column's definition"},
-    "docs/claims.md": dict.fromkeys(["3 %", "3.1", "3.2", "3.3", "0.01", "0.02", "0.10", "0.1"], "what the source says"),
+    "docs/claims.md": dict.fromkeys(
+        ["3 %", "3.1", "3.2", "3.3", "0.01", "0.02", "0.10", "0.1"], "what the source says"
+    ),
     "docs/command-line.md": {"2 MB": "a limit in the code"},
     "docs/design/README.md": {"60%": "an option's value", "40MB": "an option's value"},
     "docs/exports.md": {"2 GB": "a limit of the format"},
@@ -64,13 +66,22 @@ def test_a_figure_comes_from_results(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "sentence",
-    ["It takes 3.2 s.", "a loss of 0.6094", "loses 12 points", "saves 40% of 1,024 MB", "1.4x as fast", "It loses 2.8."],
+    [
+        "It takes 3.2 s.",
+        "a loss of 0.6094",
+        "loses 12 points",
+        "saves 40% of 1,024 MB",
+        "1.4x as fast",
+        "It loses 2.8.",
+    ],
 )
 def test_a_measured_figure_is_found(sentence: str) -> None:
     assert list(figures(sentence))
 
 
-@pytest.mark.parametrize("sentence", ["`--keep 40%`", "arXiv 2206.05794", "version 1.2.3", "gguf 0.18, 0.19", "in 4 bits"])
+@pytest.mark.parametrize(
+    "sentence", ["`--keep 40%`", "arXiv 2206.05794", "version 1.2.3", "gguf 0.18, 0.19", "in 4 bits"]
+)
 def test_other_numbers_are_not(sentence: str) -> None:
     assert not list(figures(sentence))
 
