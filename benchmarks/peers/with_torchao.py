@@ -1,6 +1,8 @@
 """torchao: weight-only int8 and int4, and int4 with HQQ, saved by `torch.save` as its pages say.
 
-Without a GPU its int4 runs in the layout of PyTorch's kernels for CPUs, which torchao counts among its prototypes.
+Without a GPU its int4 runs in the layout of PyTorch's kernels for CPUs, which torchao counts among its prototypes, and
+in float16. int8 is dequantized and run in float32: torchao multiplies with the integers before it scales, which exceeds
+the range of float16 where inputs are large.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from measuring import run
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 from transformers import AutoModelForCausalLM
 
@@ -35,9 +37,16 @@ def quantized(folder: Path, windows: Tensor, output: Path, *, config: AOBaseConf
     def load() -> nn.Module:
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
         again.load_state_dict(torch.load(output / FILE), assign=True)
-        return again
+        return in_float32(again) if isinstance(config, Int8WeightOnlyConfig) else again
 
     return load
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and isinstance(module.weight, Int8Tensor):
+            module.weight = nn.Parameter(module.weight.dequantize(torch.float32), requires_grad=False)
+    return model.float()
 
 
 def sizes(folder: Path) -> dict[str, int]:
