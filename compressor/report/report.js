@@ -157,7 +157,35 @@ function showSpectra() {
   }
 }
 
+// ---- Tables that are wider than their place: every row becomes a block, whose cells say what they are ----
+
+function stackWide() {
+  const tables = [...document.querySelectorAll("table.wide")];
+  for (const table of tables) {
+    const heads = [...table.tHead.rows[0].cells].map(head => head.textContent);
+    const more = table.parentNode.querySelector("template")?.content.querySelectorAll("tr") ?? [];
+    for (const row of [...table.querySelectorAll("tbody tr"), ...more]) {
+      [...row.cells].forEach((cell, place) => { if (cell.localName === "td") cell.dataset.label = heads[place]; });
+    }
+  }
+
+  function stack() {
+    for (const table of tables) if (table.scrollWidth > table.parentNode.clientWidth) table.classList.add("stacked");
+  }
+
+  // What is unfolded may be wider; what is narrower again stays as it is until the window changes.
+  document.getElementById("layers").addEventListener("change", stack);
+  document.getElementById("fold").addEventListener("click", stack);
+  document.getElementById("by").addEventListener("change", stack);
+  window.addEventListener("resize", () => {
+    for (const table of tables) table.classList.remove("stacked");
+    stack();
+  });
+  stack();
+}
+
 const content = document.getElementById("content");
 if (content) showSizes(JSON.parse(content.textContent));
 showSpectra();
 showLayers();
+stackWide();

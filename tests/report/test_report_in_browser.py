@@ -154,6 +154,38 @@ def test_nothing_is_wider_than_the_screen_but_what_can_be_scrolled(
 
 
 @in_browser
+@pytest.mark.parametrize("width", [PHONE, TABLET, DESK])
+@pytest.mark.parametrize("of", ["path", "many"])
+def test_no_table_is_cut_off_at_a_side(
+    browser: Browser, request: pytest.FixtureRequest, *, width: int, of: str
+) -> None:
+    opened = OpenedPage(browser, request.getfixturevalue(of), width)
+    page = opened.page
+    page.locator("summary").click()
+    fold = page.locator("#fold")
+    if fold.inner_text() == "Unfold all":
+        fold.click()
+    cut = page.locator(".scroll").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.getAttribute('aria-label'))"
+    )
+    assert cut == []
+    # What is stacked says in every cell what it is, also where it is grouped anew, and can still be sorted.
+    if width == PHONE:
+        page.get_by_label("Group by").select_option("kind")
+        if fold.inner_text() == "Unfold all":
+            fold.click()
+        named = page.locator("#layers.stacked tbody td:visible").evaluate_all(
+            "all => all.map(e => getComputedStyle(e, '::before').content)"
+        )
+        assert len(named) > 50
+        assert {'"relative loss error"', '"rank"', '"numbers"'} <= set(named)
+        assert all(page.get_by_role("button", name=name, exact=True).is_visible() for name in ("layer", "rank", "kept"))
+    page.set_viewport_size({"width": 1900, "height": 900})
+    assert page.locator(".stacked").count() == 0
+    opened.context.close()
+
+
+@in_browser
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_labels_of_axes_are_large_enough_and_apart(browser: Browser, path: Path, width: int) -> None:
     opened = OpenedPage(browser, path, width)
