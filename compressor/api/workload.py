@@ -169,7 +169,7 @@ def work_on_quantization(
 ) -> QuantizationWork | None:
     """By the layer in the middle, in a metric where there are settings of a calibration; None where none is quantized.
 
-    Of the forms of one pair whose errors are found in one way, one is timed.
+    Of the forms of one pair whose errors are found in one way, two are timed.
     """
     quantized = [layer for layer in layers if forms.get(layer.name)]
     if not quantized:
@@ -183,9 +183,15 @@ def work_on_quantization(
     own = [pair_of(form) or form for form in forms[middle.name]]
     shares = sum(map(_quantizing, quantized)) / _quantizing(middle)
 
-    def errors(form: str) -> Callable[[], object]:
-        fresh = partial(Approximations, weight=middle, matrix=matrix, metric=metric, settings=known)
-        return lambda: fresh().errors(FORMS[form])
+    fresh = partial(Approximations, weight=middle, matrix=matrix, metric=metric, settings=known)
+
+    def errors(forms: Sequence[str]) -> Callable[[], object]:
+        def found() -> None:
+            shared = fresh()
+            for form in forms:
+                shared.errors(FORMS[form])
+
+        return found
 
     def made(form: str, rounds: int) -> Callable[[], object]:
         asked = replace(known, quantization_rounds=rounds)
@@ -197,7 +203,11 @@ def work_on_quantization(
         return f"{pair_name(form)}, {'few' if few else 'many'} bits"
 
     alike = [list(each) for _, each in groupby(sorted(own, key=kind), key=kind)]
-    of_errors = sum(len(each) * least_seconds(errors(each[0]), device) for each in alike)
+    # What all of a kind have in common is computed with the first.
+    of_errors = 0.0
+    for each in alike:
+        first, both = (least_seconds(errors(each[:count]), device) for count in (1, 2))
+        of_errors += first + (len(each) - 1) * max(0.0, both - first)
     typical = next((form for form in own if pair_name(form) == DENSE), own[0])
     quantization = _quantization(typical)
     stored = quantize_to_nearest(matrix, quantization.fitted(matrix.shape[1]), scale_dtype=torch.bfloat16)

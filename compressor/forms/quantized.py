@@ -58,7 +58,6 @@ from compressor.forms.quantized_layers import (
     quantized_pair,
 )
 from compressor.forms.quantized_parts import (
-    TURNED,
     Quantize,
     QuantizedFactors,
     defect_of_scales,
@@ -78,7 +77,8 @@ from compressor.forms.quantized_parts import (
     single_metric,
     stored_parts,
 )
-from compressor.forms.weights import Count, DenseWeight, StoredWeight, kind_of
+from compressor.forms.rounding import rounded_matrix, rounded_pair
+from compressor.forms.weights import TURNED, Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
 from compressor.latency import IntegerProduct, Kernel, LayerUse, ModuleCall, Movement, Size
 from compressor.measure import Spectrum, truncation_errors
@@ -88,6 +88,7 @@ from compressor.quantize import (
     QuantizationSettings,
     QuantizedMatrix,
     SimulatedMatrix,
+    Simulation,
 )
 from compressor.torch_state import in_float64
 
@@ -148,6 +149,11 @@ class _QuantizedForm(PairForm):
     def _quantize(self, settings: FactorizationSettings) -> Quantize:
         work = QuantizationSettings(rounds=settings.quantization_rounds)
         return partial(quantized, quantization=self.quantization, settings=work)
+
+    def _simulation(self, approximations: Approximations) -> Simulation | None:
+        """What simulates the errors, where they are and nothing has to be formed for that."""
+        bits = self.quantization.bits
+        return None if bits < approximations.settings.simulated_bits else approximations.simulation
 
     def _quantize_for_errors(self, settings: FactorizationSettings) -> Quantize:
         return partial(quantized_for_errors, quantization=self.quantization, settings=settings)
@@ -302,25 +308,35 @@ class QuantizedPair(_QuantizedForm):
     def errors_in(self, approximations: Approximations) -> Spectrum:
         """At some ranks they are computed: what quantizing adds there, as a share of what the pair captures, is
         interpolated."""
-        weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
         if self.pair.has_own_errors:
             truncated = approximations.errors(self.pair)
         else:
             truncated = truncation_errors(approximations.decomposition.values)
         last = len(truncated) - 1
         # A pair of a higher rank has more numbers than the matrix.
-        sides = self.sides(weight)
+        sides = self.sides(approximations.weight)
         largest = min(last, max(1, math.prod(sides) // sum(sides)))
         ranks = np.unique(np.geomspace(1, largest, approximations.settings.quantized_ranks).round().astype(np.int64))
-        quantize, added = self._quantize_for_errors(approximations.settings), []
-        for rank in ranks:
-            found = approximations.pair(self.pair, int(rank))
-            pair = self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
-            error = approximations.relative_error(pair.product())
-            added.append(max(0.0, error**2 - truncated[rank] ** 2) / max(1e-30, 1 - truncated[rank] ** 2))
+        added = [
+            self._added(approximations, int(rank), truncated[rank]) / max(1e-30, 1 - truncated[rank] ** 2)
+            for rank in ranks
+        ]
         shares = np.interp(np.log(np.arange(1, last + 1)), np.log(ranks), added)
         kept = np.clip(1 - truncated[1:] ** 2, 0, 1)
         return np.concatenate([truncated[:1], np.sqrt(truncated[1:] ** 2 + shares * kept)])
+
+    def _added(self, approximations: Approximations, rank: int, truncated: float) -> float:
+        """What quantizing adds to the squared error of the pair of a rank, which is that of truncation."""
+        weight, simulation = approximations.weight, self._simulation(approximations)
+        found = approximations.pair(self.pair, rank)
+        if isinstance(found, FactorPair) and simulation is not None:
+            rounded = approximations.once(
+                self.pair, rank, lambda: rounded_pair(self.pair, weight.kind, found, simulation=simulation)
+            )
+            return approximations.relative_cost(rounded.cost(self.quantization))
+        matrix, quantize = approximations.matrix, self._quantize_for_errors(approximations.settings)
+        pair = self._quantized(weight, found, matrix, metric=approximations.metric, quantize=quantize)
+        return max(0.0, approximations.relative_error(pair.product()) ** 2 - truncated**2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,6 +450,11 @@ class QuantizedDense(_QuantizedForm):
         """Of the quantized matrix alone at rank 0, and at few bits of what the best correction of a rank leaves."""
         weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
         settings = approximations.settings
+        if (simulation := self._simulation(approximations)) is not None:
+            rounded = rounded_matrix(weight.kind, matrix, simulation=simulation)
+            error = math.sqrt(approximations.relative_cost(rounded.cost(self.quantization)))
+            corrected = self.quantization.bits <= settings.corrected_bits and error > 0
+            return error * approximations.corrected if corrected else np.array([error])
         turned, quantize = weight.kind in TURNED, self._quantize_for_errors(settings)
         own = quantized_as_stored(in_float64(matrix), single_metric(metric), quantize=quantize, turned=turned)
         found = matrix_of(own, turned=turned)

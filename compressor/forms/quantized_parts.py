@@ -22,6 +22,7 @@ from compressor.factorize import (
     weighed,
 )
 from compressor.forms.pair_form import Values
+from compressor.forms.weights import TURNED
 from compressor.io import TensorInfo
 from compressor.network import Kind
 from compressor.quantize import (
@@ -29,14 +30,11 @@ from compressor.quantize import (
     QuantizationSettings,
     QuantizedMatrix,
     SimulatedMatrix,
+    Simulation,
     gptq,
     quantize_to_nearest,
-    simulated,
     unpack,
 )
-
-# Kinds whose quantized tensor has the rows of the matrix' inputs: a row of it is looked up, or is one channel's kernel.
-TURNED: tuple[Kind, ...] = ("embedding", "transposed convolution")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +128,7 @@ def quantized_for_errors(
         return _joined_rows([quantize(*each) for each in _blocks(matrix, metric)])
     if metric is None or matrix.numel() == 0 or quantization.bits < settings.simulated_bits:
         return quantized(matrix, metric, quantization=quantization, settings=QuantizationSettings(rounds=0))
-    return simulated(matrix, quantization.fitted(matrix.shape[1]), metric)
+    return Simulation(metric).matrix(matrix, quantization.fitted(matrix.shape[1]), metric)
 
 
 def _blocks(matrix: Tensor, metric: GroupedMetric) -> Iterator[tuple[Tensor, Metric]]:
@@ -158,9 +156,9 @@ def _joined_quantized_rows(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def _turned(metric: Metric | None) -> Metric | None:
+def turned_metric(metric: Metric) -> Metric:
     """The metric of the transposed matrix."""
-    return None if metric is None else Metric(metric.gradients, metric.inputs)
+    return Metric(metric.gradients, metric.inputs)
 
 
 def single_metric(metric: Metric | TiedMetric | None) -> Metric | None:
@@ -171,22 +169,27 @@ def quantized_as_stored(
     matrix: Tensor, metric: Metric | None, *, quantize: Quantize, turned: bool
 ) -> QuantizedMatrix | SimulatedMatrix:
     """A matrix quantized as it is stored: its transpose where `turned`."""
-    return quantize(matrix.T, _turned(metric)) if turned else quantize(matrix, metric)
+    if not turned:
+        return quantize(matrix, metric)
+    return quantize(matrix.T, None if metric is None else turned_metric(metric))
 
 
 def matrix_of(part: QuantizedMatrix | SimulatedMatrix, *, turned: bool) -> Tensor:
     return part.product().T if turned else part.product()
 
 
+def with_even_columns(pair: FactorPair) -> FactorPair:
+    """The same matrix with the columns of `up` equally long: they share scales."""
+    sizes = pair.up.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    return FactorPair(up=pair.up / sizes, down=sizes[:, None] * pair.down)
+
+
 def plain_parts(
     kind: Kind, pair: FactorPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
 ) -> dict[str, QuantizedMatrix | SimulatedMatrix]:
-    """The factors of a plain or channel pair: `down`, and then `up` as refitted to it.
-
-    The columns of `up` share scales, so they are made equally long before.
-    """
-    sizes = pair.up.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    up, rows = pair.up / sizes, sizes[:, None] * pair.down
+    """The factors of a plain or channel pair: `down`, and then `up` as refitted to it."""
+    balanced = with_even_columns(pair)
+    up, rows = balanced.up, balanced.down
     of_down = None if metric is None else Metric(metric.inputs, up.T @ weighed(up, metric.gradients))
     turned = kind in TURNED
     down = quantized_as_stored(rows, of_down, quantize=quantize, turned=turned)

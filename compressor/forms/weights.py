@@ -19,6 +19,9 @@ Count = TypeVar("Count", int, npt.NDArray[np.int64])
 # Kinds of layers whose stored tensor is the transpose of the matrix that they apply to their inputs.
 TRANSPOSED: tuple[Kind, ...] = ("transposed linear", "transposed convolution", "embedding")
 
+# Kinds whose quantized tensor has the rows of the matrix' inputs: a row of it is looked up, or is one channel's kernel.
+TURNED: tuple[Kind, ...] = ("embedding", "transposed convolution")
+
 
 class DenseWeight(Protocol):
     """The dense weight that a pair stands for: a layer of a network, or what is known of one from its factors."""

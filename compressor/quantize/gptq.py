@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compressor.factorize import Metric, weighed
 from compressor.measure.scale import power_of_two
+from compressor.quantize.damping import damped, descending, diagonal_of, upper_factor
 from compressor.quantize.feedback import Feedback, Levels, rounded_in_turn
 from compressor.quantize.nearest import quantize_to_nearest, searched_scales, stored_scales
 from compressor.quantize.quantization import Quantization, QuantizedMatrix
@@ -52,7 +53,7 @@ def gptq(
         scale_dtype: The dtype of the scales, of 16 bits. They are rounded to it before integers are chosen.
         settings: Damping of the moments, and how much work is put into it.
     """
-    importance = _diagonal(metric.inputs)
+    importance = diagonal_of(metric.inputs)
     rounded = quantize_to_nearest(
         matrix, quantization, scale_dtype=scale_dtype, importance=importance, settings=settings
     )
@@ -60,48 +61,6 @@ def gptq(
         return rounded
     found = _Search.of(matrix, quantization, metric, scale_dtype=scale_dtype, settings=settings).best()
     return found if _is_better(metric, matrix, found, than=rounded) else rounded
-
-
-@dataclass(frozen=True)
-class SimulatedMatrix:
-    """A matrix with an error as large as quantizing it would make."""
-
-    matrix: Tensor
-
-    def product(self) -> Tensor:
-        """The `d_out x d_in` matrix, in float64."""
-        return self.matrix
-
-
-def simulated(
-    matrix: Tensor, quantization: Quantization, metric: Metric, *, settings: QuantizationSettings = DEFAULTS
-) -> SimulatedMatrix:
-    """A matrix with an error that costs about what that of `gptq` does, in a fraction of its time.
-
-    Each integer leaves about as much of `N^T D M` as rounding to nearest leaves of the matrix. So that, E, takes its
-    place, and the error is `N^-T E M^-1`. At 4 to 8 bits its loss is between .8 and 1 of that of the first pass, and at
-    2 bits, of which the range is too small for errors that are carried, half of it.
-    """
-    importance = metric.inputs if metric.inputs.dim() == 1 else None
-    rounded = quantize_to_nearest(
-        matrix, quantization, scale_dtype=torch.bfloat16, importance=importance, settings=settings
-    ).product()
-    if importance is not None:
-        return SimulatedMatrix(rounded)
-    wide = in_float64(matrix)
-    left = _carried((rounded - wide).T, _damped(metric.inputs, settings.damping)).T
-    if metric.gradients.dim() == 2:
-        left = _carried(left, _damped(metric.gradients, settings.gradient_damping))
-    return SimulatedMatrix(wide + left)
-
-
-def _carried(left: Tensor, moment: Tensor) -> Tensor:
-    """`M^-T E`, with M of the moment in the order of its diagonal."""
-    order = _descending(moment)
-    unit_upper = _unit_upper(moment[order][:, order])
-    carried: Tensor = torch.linalg.solve_triangular(unit_upper.T, left[order], upper=False, unitriangular=True)
-    carried = carried[order.argsort()]
-    return carried
 
 
 def _is_better(metric: Metric, matrix: Tensor, found: QuantizedMatrix, *, than: QuantizedMatrix) -> bool:
@@ -165,9 +124,9 @@ class _Search:
         settings: QuantizationSettings,
     ) -> _Search:
         unit = power_of_two(matrix)
-        inputs = _damped(metric.inputs, settings.damping)
-        gradients = _damped(metric.gradients, settings.gradient_damping)
-        rows, columns = _descending(gradients), _descending(inputs)
+        inputs = damped(metric.inputs, settings.damping)
+        gradients = damped(metric.gradients, settings.gradient_damping)
+        rows, columns = descending(gradients), descending(inputs)
         coupling = _above_diagonal(gradients[rows][:, rows]) if gradients.dim() == 2 else None
         scales = searched_scales(matrix, quantization, scale_dtype, settings=settings)
         middle = torch.full_like(scales.scales, 2 ** (quantization.bits - 1), dtype=torch.float32)
@@ -232,7 +191,7 @@ class _Search:
 
         # The diagonal of the equations, as if the inputs of a group were not correlated.
         own = (state.integers.square() * self.inputs.diagonal()).reshape(shape).sum(2)
-        own *= _diagonal(self.gradients).unsqueeze(1)
+        own *= diagonal_of(self.gradients).unsqueeze(1)
         own = torch.where(own > 0, own, 1.0)
         scales = self._narrow(state.scales)
         residual = -by_group(weighed(state.weighted, self.gradients))
@@ -267,33 +226,7 @@ class _Search:
         return _Choice(scales, found[rows.argsort()][:, columns.argsort()])
 
 
-def _diagonal(moment: Tensor) -> Tensor:
-    return moment if moment.dim() == 1 else moment.diagonal()
-
-
-def _damped(moment: Tensor, share: float) -> Tensor:
-    """A moment divided by a power of two, with a share of its mean on the diagonal; the identity where it is zero."""
-    moment = in_float64(moment)
-    moment = moment / power_of_two(moment)
-    mean = _diagonal(moment).mean()
-    added = torch.where(mean > 0, share * mean, 1.0)
-    if moment.dim() == 1:
-        return moment + added
-    return moment + torch.diag(added.expand(len(moment)))
-
-
-def _descending(moment: Tensor) -> Tensor:
-    """The order of the diagonal, the largest first."""
-    return _diagonal(moment).argsort(descending=True, stable=True)
-
-
-def _unit_upper(moment: Tensor) -> Tensor:
-    """M of `M diag(.) M^T`, upper triangular with ones on its diagonal."""
-    factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    unit_upper: Tensor = factor / factor.diagonal()
-    return unit_upper
-
-
 def _above_diagonal(moment: Tensor) -> Tensor:
-    """The same without the ones."""
-    return _unit_upper(moment).triu_(1).to(torch.float32)
+    """M of `M diag(.) M^T`, upper triangular with ones on its diagonal, without the ones."""
+    factor = upper_factor(moment)
+    return (factor / factor.diagonal()).triu_(1).to(torch.float32)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.factorize import Metric
-from compressor.quantize import Quantization, QuantizationSettings, gptq, quantize_to_nearest, simulated
+from compressor.quantize import Quantization, QuantizationSettings, gptq, quantize_to_nearest
 
 BFLOAT16 = torch.bfloat16
 
@@ -128,20 +128,3 @@ def test_an_input_that_never_occurs_takes_no_error() -> None:
     inputs[3], inputs[:, 3] = 0, 0
     found = gptq(random(5, 12), Quantization(3), Metric(inputs, moment(5, 2)), scale_dtype=BFLOAT16)
     assert torch.isfinite(found.product()).all()
-
-
-@pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_simulated_error_costs_what_the_first_pass_does(bits: int, diagonal: bool) -> None:
-    matrix = random(48, 64)
-    inputs, gradients = moment(64, 1, 32) + torch.eye(64), moment(48, 2, 24) + torch.eye(48)
-    metric = Metric(inputs, gradients.diagonal() if diagonal else gradients)
-    found = simulated(matrix, Quantization(bits, 32), metric).product()
-    first = gptq(matrix, Quantization(bits, 32), metric, scale_dtype=BFLOAT16, settings=QuantizationSettings(rounds=0))
-    assert 0.6 < loss(metric, matrix, found) / loss(metric, matrix, first.product()) < 1.2
-
-
-def test_without_correlated_inputs_rounding_to_nearest_is_simulated() -> None:
-    matrix, metric = random(6, 8), Metric(torch.arange(1, 9).double(), moment(6, 1))
-    found = gptq(matrix, Quantization(3), metric, scale_dtype=BFLOAT16)
-    assert torch.equal(simulated(matrix, Quantization(3), metric).product(), found.product())
