@@ -12,7 +12,7 @@ import typer
 
 from compressor.api.flags import with_flags
 from compressor.cli.commands import app, write_short_help
-from compressor.cli.completion import prepare_completion
+from compressor.cli.completion import prepared_completion
 from compressor.cli.main import FAILED
 from compressor.cli.routes import MAIN, VERBOSE, Route, route, usage_words
 from compressor.cli.terminal import write_error
@@ -34,15 +34,15 @@ def run(arguments: Sequence[str]) -> int:
     at, verbose = Route(MAIN, ()), not VERBOSE.isdisjoint(arguments)
     if not verbose:
         _silence_libraries()
-    completes = prepare_completion()
     try:
-        if not arguments and not completes:
-            write_short_help()
-            return BadInput.exit_status
-        at = route(arguments)
-        # What typer returns is the status of an early exit: --help, --version, Ctrl-C.
-        command = typer.main.get_command(app)
-        status = command.main([at.command, *at.words], prog_name=MAIN, standalone_mode=False)
+        with prepared_completion() as completes:
+            if not arguments and not completes:
+                write_short_help()
+                return BadInput.exit_status
+            at = route(arguments)
+            # What typer returns is the status of an early exit: --help, --version, Ctrl-C.
+            command = typer.main.get_command(app)
+            status = command.main([at.command, *at.words], prog_name=MAIN, standalone_mode=False)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except SystemExit as left:  # after completion

@@ -65,6 +65,29 @@ def test_options_and_their_fixed_choices_are_completed(
         assert sorted(got) == sorted(found)
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        # As bash takes words apart, with colons and equals signs in COMP_WORDBREAKS; it keeps what is before a colon.
+        (["m", "--data", "builtin"], ["builtin:digits", "builtin:stdlib"]),
+        (["m", "--data", "builtin", ":"], ["digits", "stdlib"]),
+        (["m", "--data", "builtin", ":", "di"], ["digits"]),
+        (["m", "--data", "=", "builtin", ":", "di"], ["digits"]),
+        (["m", "--data", "=", "bui"], ["builtin:digits", "builtin:stdlib"]),
+        (["m", "--data", "builtin", ":", "digits", "--effort", "ba"], ["balanced"]),
+        (["m", "--model", "net.py", ":", "build", "--data", "builtin", ":", "s"], ["stdlib"]),
+        # Without them.
+        (["m", "--data", "builtin:di"], ["builtin:digits"]),
+        (["m", "--data", "builtin:digits", "--effort", "ba"], ["balanced"]),
+    ],
+    ids=str,
+)
+def test_words_with_a_colon_are_completed(
+    words: list[str], found: list[str], capsys: Captured, *, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert completed(words, capsys, monkeypatch) == found
+
+
 @pytest.mark.parametrize("of", VERBS, ids=lambda of: of.verb)
 def test_every_command_completes_its_own_options(of: type, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--"] if of.verb == "compress" else [of.verb, "--"]
@@ -98,11 +121,14 @@ def test_the_script_for_bash_completes_in_bash(tmp_path: Path) -> None:
         'eval "$(compress --show-completion bash)"\n'
         "complete -p compress\n"
         "COMP_WORDS=(compress export model/ --to hf) COMP_CWORD=4\n"
+        '_compress_completion compress\nprintf "%s\\n" "${COMPREPLY[@]}"\n'
+        "COMP_WORDS=(compress model/ --data builtin : di) COMP_CWORD=5\n"
         '_compress_completion compress\nprintf "%s\\n" "${COMPREPLY[@]}"'
     )
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["complete -o default -F _compress_completion compress", "hf-remote"]
+    lines = ["complete -o default -F _compress_completion compress", "hf-remote"]
+    assert done.stdout.splitlines() == [*lines, "digits"]
     assert done.stderr == ""
 
 
