@@ -240,7 +240,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, head: 
         raise BadInput(
             f"{name} predicts masked tokens, so its perplexity is not defined",
             where=data.name,
-            remedy="evaluate a causal language model, or a classifier on labeled data",
+            remedy="evaluate a causal language model, or in Python measure by a `metric`, which masks tokens itself",
         )
     if batch.labels.numel() == 0:
         raise BadInput(

@@ -280,7 +280,7 @@ def test_windows_longer_than_the_positions_are_bad_input(llama, tokenizer, text_
 def test_a_masked_language_model_has_no_perplexity(tokenizer, text_file):
     config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16))
-    with pytest.raises(BadInput, match="predicts masked tokens"):
+    with pytest.raises(BadInput, match=r"predicts masked tokens.*`metric`"):
         measure_quality(BertForMaskedLM(config), data, device="cpu")
 
 
