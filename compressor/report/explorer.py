@@ -141,6 +141,7 @@ def _recipe_content(recipe: TrainingRecipe, layers: Sequence[ExploredLayers]) ->
     return {
         "words": one_line(recipe_words(recipe)),
         "sources": one_line(recipe_sources(recipe)),
+        "steps": recipe.total_steps,
         "layers": [_layers_content(recipe, each) for each in layers],
     }
 

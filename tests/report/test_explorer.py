@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +454,55 @@ def test_an_address_that_says_something_else_is_ignored(kept: str, browser: Brow
     assert (odd.settle()["training"], odd.errors) == (usual.settle()["training"], [])
     for opened in (usual, odd):
         opened.context.close()
+
+
+@in_browser
+def test_a_step_of_the_address_is_one_of_the_run(browser: Browser, path: Path, tmp_path: Path) -> None:
+    settings = "&".join(f"{name}={value}" for name, value in PRESETS[0].training.to_dict().items())
+    settings = settings.replace("width=32", "width=64").replace("uses=1", "uses=64")
+    opened = Opened(browser, path, address=f"#{settings}&step=1{'0' * 200}")
+    # What a jump may take: so many random numbers.
+    assert opened.page.evaluate("window.explorer.state().target") <= 4e6 / (2 * 64 * 64)
+    opened.context.close()
+    recipe = replace(constant(PRESETS[0].training), steps=40)
+    page = tmp_path / "page.html"
+    page.write_text(explorer_page(recipe, [explored(("a",), (32, 32), 1, recipe=recipe)]))
+    training, _ = pictured(recipe, explored(("a",), (32, 32), 1, recipe=recipe))
+    settings = "&".join(f"{name}={value}" for name, value in training.to_dict().items())
+    for asked, shown in ((30, 30), (300, 40)):
+        opened = Opened(browser, page, address=f"#{settings}&step={asked}")
+        assert opened.settle()["step"] == shown
+        opened.context.close()
+
+
+@in_browser
+@pytest.mark.parametrize("width", [400, 800, 1400])
+def test_axes_have_titles_and_no_label_lies_on_another(browser: Browser, path: Path, width: int) -> None:
+    opened = Opened(browser, path, viewport={"width": width, "height": 900})
+    opened.settle()
+    plots = opened.page.locator("svg.plot:visible").evaluate_all(
+        """all => all.map(plot => Array.from(plot.querySelectorAll('text')).map(e => {
+            const box = e.getBoundingClientRect();
+            return [e.textContent, box.left, box.top, box.right, box.bottom];
+        }))"""
+    )
+    titles = [{"index", "singular value"}, {"step, logarithmic", "effective rank"}]
+    titles.append({"steps back from now", "left of a stroke"})
+    for labels, expected in zip(plots, titles, strict=True):
+        assert expected <= {name for name, *_ in labels}
+        for i, (name, *box) in enumerate(labels):
+            assert 0 <= box[0] <= box[2] <= width, name
+            for other, *its in labels[:i]:
+                apart = box[2] <= its[0] or its[2] <= box[0] or box[3] <= its[1] + 2 or its[3] <= box[1] + 2
+                assert apart, (name, other)
+    # Neither do the headings above the pictures, and the step is told.
+    heads = opened.page.locator(".stage h2").evaluate_all(
+        "all => all.map(e => { const r = document.createRange(); r.selectNodeContents(e);"
+        " const box = r.getBoundingClientRect(); return [box.left, box.right]; })"
+    )
+    assert all(right <= left for (_, right), (left, _) in pairwise(heads))
+    assert opened.page.locator("#time").is_visible()
+    opened.context.close()
 
 
 @in_browser
