@@ -96,7 +96,9 @@ def _pivoted(pair: FactorPair, *, simulation: Simulation) -> Rounded:
     rows, inputs = _carrying(of_down, simulation=simulation, turned=False)
     space = _Space.of(found.down, metric.inputs)
     outside = _Term(rows.weights, space.outside(inputs))
-    inside = _Term(rows.weights_of(_root(_part_of(metric.gradients, chosen))), space.inside(inputs))
+    of_chosen = _part_of(metric.gradients, chosen)
+    root = torch.diag(of_chosen.sqrt()) if of_chosen.dim() == 1 else _root(_ridged(of_chosen))
+    inside = _Term(rows.weights_of(root), space.inside(inputs))
     down = _Part(found.down, of_down, [outside, inside])
     # As if the chosen rows came last: what is carried to them is left out alone.
     of_up = Metric(space.moment, metric.gradients)
@@ -120,10 +122,8 @@ class _Space:
     def of(cls, down: Tensor, inputs: Tensor) -> _Space:
         weighted = weighed(down.T, inputs)
         moment = down @ weighted
-        moment = (moment + moment.T) / 2
-        ridged = moment + (1e-10 * float(moment.diagonal().mean()) or 1.0) * torch.eye(len(moment)).to(moment)
-        factor = torch.linalg.cholesky(ridged)
-        return cls(ridged, torch.linalg.solve_triangular(factor, weighted.T, upper=False).T)
+        ridged = _ridged((moment + moment.T) / 2)
+        return cls(ridged, torch.linalg.solve_triangular(_root(ridged), weighted.T, upper=False).T)
 
     def inside(self, inputs: Carrying) -> Tensor:
         """What errors in each input cost in the space of the rows."""
@@ -154,10 +154,16 @@ def _as_stored(matrix: Tensor, metric: Metric, *, turned: bool) -> tuple[Tensor,
     return (matrix.T, turned_metric(metric)) if turned else (matrix, metric)
 
 
+def _ridged(moment: Tensor) -> Tensor:
+    return moment + (1e-10 * float(moment.diagonal().mean()) or 1.0) * torch.eye(len(moment)).to(moment)
+
+
 def _root(moment: Tensor) -> Tensor:
-    """F of `F F^T`, of a moment that may be given as its diagonal alone, and may be singular."""
-    if moment.dim() == 1:
-        return torch.diag(moment.sqrt())
-    ridge = 1e-10 * float(moment.diagonal().mean())
-    root: Tensor = torch.linalg.cholesky(moment + (ridge or 1.0) * torch.eye(len(moment)).to(moment))
-    return root
+    """The Cholesky factor of a moment, with a ridge that grows where rounding made it indefinite."""
+    size, ridge = float(moment.diagonal().mean()), 0.0
+    while True:
+        root: Tensor
+        root, failed = torch.linalg.cholesky_ex(moment + ridge * size * torch.eye(len(moment)).to(moment))
+        if not failed or ridge > 1:
+            return root
+        ridge = max(1e-10, 10 * ridge)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.factorize import FactorPair, Metric, decompose, pivoted_pair
+from compressor.forms.pair_form import PairForm
 from compressor.forms.pivoted import PIVOTED
 from compressor.forms.plain import PLAIN
 from compressor.forms.quantized_parts import pivoted_parts, plain_parts
@@ -70,3 +71,13 @@ def test_of_a_pivoted_pair(bits: int) -> None:
     rounded = rounded_pair(PIVOTED, "linear", pair, simulation=Simulation(METRIC))
     # What is carried to the chosen rows alone is left out.
     assert rounded.cost(Quantization(bits)) == pytest.approx(METRIC.squared_size(MATRIX - product) - before, rel=0.2)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("form", [PLAIN, PIVOTED], ids=lambda form: form.name)
+def test_of_a_pair_of_a_higher_rank_than_the_matrix(form: PairForm, rank: int) -> None:
+    matrix = 2.0**30 * (random(96, rank) @ random(rank, 128, seed=1))
+    pair = decompose(matrix, METRIC).pair(matrix, 40, METRIC)
+    rounded = rounded_pair(form, "linear", pair, simulation=Simulation(METRIC))
+    costs = [rounded.cost(Quantization(bits)) for bits in (8, 4)]
+    assert 0 <= costs[0] <= costs[1] <= 0.1 * METRIC.squared_size(matrix)
