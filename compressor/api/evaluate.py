@@ -44,6 +44,9 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     opened = with_base(open_runnable(model, asked.factory, initial=asked.initial), asked.base, asked.factory, runs=True)
     baseline = asked.baseline
     reference = None if baseline is None else open_runnable(baseline, asked.factory, initial=asked.initial)
+    for each in (opened, reference):
+        if each is not None:
+            each.require_runnable()
     require_use(asked, opened, reference)
     examples = reported_data(asked, opened, asked.split)
     run = Run(device, progress=asked.progress)

@@ -587,9 +587,10 @@ class PlanOptions(
         """Whether the model may make its own examples unasked: where a size is asked for, and no plan.
 
         A search for the smallest size within a drop alone calibrates once for each size that it tries, and measures
-        what is lost.
+        what is lost. Every layer in 8 bits loses next to nothing, rounded to nearest too.
         """
-        sized = bool({"keep", "max_size", "max_latency"} & self.given) or self._states_width
+        few_bits = self._states_width and self.only_width != 8
+        sized = bool({"keep", "max_size", "max_latency"} & self.given) or few_bits
         return self.calibration is None and self.base is None and sized
 
     @property

@@ -56,10 +56,15 @@ def continues_texts(model: nn.Module) -> bool:
     if not causal or getattr(running.config, "is_encoder_decoder", False):
         return False
     try:
-        signature(model.forward).bind_partial(input_ids=None, past_key_values=None, use_cache=True)
+        signature(model.forward).bind_partial(input_ids=None, use_cache=True, **{_cache_name(model): None})
         return vocabulary_of(model) > 0
     except (TypeError, AttributeError):  # such as of code of its own
         return False
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What a model of transformers calls the keys and values of earlier tokens; the name changed in 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def vocabulary_of(model: Any) -> int:
@@ -80,6 +85,7 @@ def continued(
     device = device_of(model)
     running: Any = model
     more: dict[str, Any] = {}
+    kept = _cache_name(model)
     if inputs:
         encoder = running.get_encoder()
         more["encoder_outputs"] = encoder(**{name: tensor.to(device) for name, tensor in inputs.items()})
@@ -88,9 +94,9 @@ def continued(
     texts, new, cache = prompts, prompts, None
     while texts.shape[1] < length:
         freed_memory().give_back()
-        output = running(**{named: new.to(device)}, past_key_values=cache, use_cache=True, **more)
+        output = running(**{named: new.to(device), kept: cache}, use_cache=True, **more)
         texts = torch.cat([texts, sampler.draw(output.logits[:, -1])[:, None]], dim=1)
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, kept, None)
         new = texts if cache is None else texts[:, -1:]
         told(texts.shape[1], length)
     return texts

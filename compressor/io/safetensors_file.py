@@ -208,4 +208,4 @@ def _malformed(path: AnyFile, why: str) -> BadInput:
 
 
 def _truncated(path: AnyFile, why: str) -> BadInput:
-    return BadInput(f"is truncated: it {why}", where=str(path), remedy="download or copy the file again")
+    return BadInput(f"is truncated, for it {why}", where=str(path), remedy="download or copy the file again")

@@ -558,7 +558,13 @@ def _put(
 
 
 def _require_architecture(checkpoint: Checkpoint, factory: Factory | None) -> None:
-    if factory is None and (checkpoint.folder is None or checkpoint.config is None):
+    if factory is None and checkpoint.folder is not None and checkpoint.config is None:
+        raise BadInput(
+            "has no config.json, which says what model it is",
+            where=checkpoint.source,
+            remedy="add it, or pass `factory='file.py:function'` or package.module:function that builds the model",
+        )
+    if factory is None and checkpoint.folder is None:
         raise BadInput(
             "running it needs its architecture",
             where=checkpoint.source,

@@ -94,6 +94,7 @@ def compression_page(compression: Compression) -> Page:
     parts: list[Block] = [
         VerdictLine(compression.verdict.remarks),
         Facts.of(
+            *_better_facts(compression),
             ("model", compression.source),
             *base_facts(compression),
             *recipe_facts(compression.recipe),
@@ -112,7 +113,8 @@ def compression_page(compression: Compression) -> Page:
         parts.append(_measured_on(compression.evaluation))
     elif compression.latency:
         parts.append(Lines((f"timed on {compression.timed_on}; {PAIRED}",), dim=True))
-    parts += _uniform(compression)
+    if (beside := uniform_words(compression)) is not None:
+        parts.append(Facts.of(("beside", beside)))
     if compression.warnings:
         parts.append(Facts.of(*(("warning", words) for words in compression.warnings)))
     parts += _skipped(compression.skipped)
@@ -144,13 +146,10 @@ def _squeezed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "already", words
 
 
-def _uniform(compression: Compression) -> Iterator[Block]:
-    """All layers alike in few bits beside what was made, and whether that were better."""
-    if (words := uniform_words(compression)) is not None:
-        facts = [("beside", words)]
-        if (better := compression.better_uniform) is not None:
-            facts.append(("better", f"{better}; ask for it with `bits={better.uniform.bits}`"))
-        yield Facts.of(*facts)
+def _better_facts(compression: Compression) -> Iterator[tuple[str, str]]:
+    """That all layers alike in few bits were better, where they are."""
+    if (better := compression.better_uniform) is not None:
+        yield "better", f"{better}; ask for it with `bits={better.uniform.bits}`"
 
 
 def _needed(needs: Needs) -> LayerTable:
@@ -211,7 +210,7 @@ def _widths_facts(compression: Compression) -> Iterator[tuple[str, str]]:
 
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.calibration is not None:
-        yield "data", calibration_words(plan.calibration)
+        yield "calibration", calibration_words(plan.calibration)
     if plan.search is not None:
         yield "search", search_words(plan.search)
 

@@ -261,7 +261,7 @@ def squeezed_words(plan: Plan) -> str | None:
 def _one_budget_words(budget: Budget) -> str:
     value = math.nan if budget.value is None else budget.value
     return {
-        "keep": f"keep {value:.4g} of the eligible parameters",
+        "keep": f"keep {value:.4g} of the size of the eligible layers",
         "max-size": f"weight files of at most {format_size(value)}",
         "max-latency": f"at most {value:g}x the time of the dense model",
         "max-drop": f"the smallest model that loses at most {value:g} on data",
@@ -388,8 +388,12 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
 
 
 def needs_calibration(budget: Budget, *, has_attention: bool) -> bool:
-    """Whether a model may be destroyed unnoticed without calibration data; with `max_drop` it would be noticed."""
-    return has_attention and budget.drop_limit is None
+    """Whether a model may be destroyed unnoticed without calibration data.
+
+    With `max_drop` it would be noticed, and every layer in 8 bits loses next to nothing.
+    """
+    in_8_bits = budget.kind == "bits" and budget.value == 8
+    return has_attention and budget.drop_limit is None and not in_8_bits
 
 
 def without_data_words(compression: Compression) -> str | None:
@@ -588,22 +592,34 @@ def faster_words(compression: Compression) -> str | None:
 
 
 def uniform_words(compression: Compression) -> str | None:
-    """What int8 and int4 of the same model take and lose, in one line; None where they were not measured."""
-    dense_loss = None if compression.evaluation is None else compression.evaluation.baseline_loss
-    calibration = compression.plan.calibration
-    unit = "" if calibration is None else f" {calibration.unit}"
-    found, seen = [], set()
+    """What int8 and int4 of the same model take and lose, and this one, in one line; None where they were not measured.
+
+    Losses are on the data where there are any, else on the holdout of the calibration; without either it is the error.
+    """
+    losses, found, seen = compression.losses, [], set()
+    unit = f" {losses.unit}" if losses.unit else ""
+    own: str | None = None
     for each in reversed(compression.uniform):  # of each width the best first
         if each.bits in seen:
             continue
         seen.add(each.bits)
-        if each.loss is not None and dense_loss is not None:
-            loss = f"and loses {each.loss - dense_loss:.3g} nats per prediction on the data"
+        if each.loss is not None and losses.dense_loss is not None:
+            loss = _lost_words(each.loss - losses.dense_loss, " nats per prediction on the data")
+            own = None if losses.on_data is None else _lost_words(losses.on_data, "")
         elif each.holdout_loss is not None:
-            loss = f"and loses {each.holdout_loss:.3g}{unit} on the holdout"
+            loss = _lost_words(each.holdout_loss, f"{unit} on the holdout")
+            own = None if losses.on_holdout is None else _lost_words(losses.on_holdout, "")
         elif each.error is not None:
             loss = f"at a relative error of {each.error:.3g}"
+            own = None if losses.error is None else f"at {losses.error:.3g}"
         else:
             continue
         found.append(f"{each.name} ({each.method}) takes {format_size(each.bytes)} {loss}")
-    return "; ".join(reversed(found)) or None
+    if not found:
+        return None
+    ours = [] if own is None else [f"this model takes {format_size(compression.bytes.after)} {own}"]
+    return "; ".join([*reversed(found), *ours])
+
+
+def _lost_words(loss: float, unit: str) -> str:
+    return f"and {'loses' if loss >= 0 else 'gains'} {abs(loss):.3g}{unit}"

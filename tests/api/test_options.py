@@ -365,6 +365,8 @@ def test_one_width_alone_is_a_budget_that_may_be_calibrated_for() -> None:
     assert CompressOptions(bits=4).only_width == 4
     assert CompressOptions(bits=4, calibration="text.txt").may_calibrate_itself is False
     assert CompressOptions(bits=4).may_calibrate_itself
+    assert not CompressOptions(bits=8).may_calibrate_itself
+    assert CompressOptions(bits=8, keep=0.5).may_calibrate_itself
     assert not CompressOptions(bits="auto").may_calibrate_itself
     with pytest.raises(BadInput, match="shares a size"):
         CompressOptions(bits="8,4", calibration="text.txt")

@@ -66,10 +66,18 @@ class Bigrams(nn.Module):
         return SimpleNamespace(logits=self.logits[input_ids], past_key_values=() if self.caches else None)
 
 
-@pytest.mark.parametrize("caches", [True, False])
-def test_a_language_model_of_known_bigrams_writes_text_with_these(caches: bool) -> None:
+class RenamedCache(Bigrams):
+    """The same with the name that the cache has in transformers from 5.24 on."""
+
+    def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
+        output = super().forward(input_ids)
+        return SimpleNamespace(logits=output.logits, cache=output.past_key_values)
+
+
+@pytest.mark.parametrize(("kind", "caches"), [(Bigrams, True), (Bigrams, False), (RenamedCache, True)])
+def test_a_language_model_of_known_bigrams_writes_text_with_these(kind: type[Bigrams], caches: bool) -> None:
     probabilities = torch.rand(5, 5, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    model = Bigrams(probabilities, caches=caches)
+    model = kind(probabilities, caches=caches)
     with torch.no_grad():
         texts = continued(model, torch.arange(400)[:, None] % 5, 40, sampler=sampler(5), told=quiet)
     assert texts.shape == (400, 40)
