@@ -28,7 +28,7 @@ def initial_verdict(found: InitialFound) -> str:
     gaining = gaining_layers(found)
     wrote = f"{statistics.median(layer.start.written for layer in found.layers):.0%} of the norm".replace("%", " %")
     if not gaining:
-        return f"{said}, and it gains nothing: training wrote {wrote}"
+        return f"{said}; training wrote almost all there is, {wrote}"
     some = "" if len(gaining) == len(found.layers) else f"{len(gaining)} of them gain by it; "
     return f"{said}; {some}training wrote {wrote}"
 

@@ -570,11 +570,17 @@ def _memory(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
     )
     rows: list[tuple[str, ...]] = []
     reasons: list[str] = []
+    known = False
     for layer in layers:
         why = _why_unknown(layer)
         reasons += [reason for reason in why if reason not in reasons]
         notes = ",".join(str(reasons.index(reason) + 1) for reason in why)
-        rows.append((one_line(layer.layer.name), format_shape(layer.layer.shape), *_memory_cells(layer), notes))
+        cells = _memory_cells(layer)
+        known |= any(cell != "-" for cell in cells[1:])
+        rows.append((one_line(layer.layer.name), format_shape(layer.layer.shape), *cells, notes))
+    title = Title("Memory of the training")
+    if reasons and not known:  # of a model without a recipe
+        return title, Facts.of(*(("unknown", reason) for reason in reasons))
     if not reasons:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     terms = [
@@ -586,7 +592,7 @@ def _memory(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
     ]
     numbered = [(str(number), reason) for number, reason in enumerate(reasons, start=1)]
     explained = [Facts.of(*numbered)] if numbered else []
-    return Title("Memory of the training"), LayerTable(headers, tuple(rows)), *explained, Facts.of(*terms)
+    return title, LayerTable(headers, tuple(rows)), *explained, Facts.of(*terms)
 
 
 def _initial(found: InitialFound | None) -> tuple[Block, ...]:

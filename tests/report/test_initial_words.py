@@ -55,7 +55,7 @@ def test_what_is_found_is_the_first_line_of_an_inspection() -> None:
 def test_that_it_gains_nothing_is_said() -> None:
     found = replace(GAINS, layers=(started("first", written=0.98, rank=73),))
     assert gaining_layers(found) == []
-    assert initial_verdict(found).endswith("and it gains nothing: training wrote 98 % of the norm")
+    assert initial_verdict(found).endswith("; training wrote almost all there is, 98 % of the norm")
     some = replace(found, layers=(*found.layers, started("second")))
     assert "1 of them gain by it" in initial_verdict(some)
 

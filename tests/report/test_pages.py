@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import nn
 
+from compressor import TrainingRecipe, inspect
 from compressor.evaluation import Latency, TimedWorkload
 from compressor.planning import LayerPlan, Times, WorkloadLatency
 from compressor.report.html import report_page
 from compressor.report.model_card import model_card
-from compressor.report.pages import compression_page, plan_page
+from compressor.report.pages import compression_page, inspection_page, plan_page
 from compressor.results import Compression
 from tests.report.results import compression_of, plan_of
 
@@ -114,3 +116,15 @@ def test_a_table_with_times_fits_a_terminal_of_80_columns() -> None:
     lines = buffer.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("0.70x" in line for line in lines) == 12
+
+
+def test_without_a_recipe_the_memory_of_the_training_is_a_line_that_says_what_is_missing() -> None:
+    network = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    recipe = TrainingRecipe(
+        optimizer="sgd", learning_rate=0.1, weight_decay=0.01, momentum=0.0, batch_size=1, schedule="constant"
+    )
+    known, unknown = (inspection_page(inspect(network, recipe=each)).text() for each in (recipe, None))
+    assert "eps" in known.partition("Memory of the training")[2]
+    _, _, said = unknown.partition("Memory of the training")
+    assert said.split("\n\n")[1].startswith("unknown  no window")
+    assert "eps" not in said
