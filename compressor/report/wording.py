@@ -142,7 +142,10 @@ def bits_words(layer: LayerPlan) -> str:
     return "-" if layer.quantization is None else layer.quantization.name
 
 
-BITS_NOTE = "bits, after a g the inputs that share a scale, and a z for zero points; - is not quantized"
+BITS_NOTE = (
+    "4g32 is 4 bits with a scale for every 32 inputs, z has zero points too, and - is not quantized; the rank of a"
+    " dense layer is that of a correction of its rounding"
+)
 
 
 def quantizes(layers: Iterable[LayerPlan]) -> bool:
