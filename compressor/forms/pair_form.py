@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from compressor.latency import Kernel, LayerUse, Size
 from compressor.measure import Precision, Spectrum, truncation_errors
 from compressor.measure.scale import power_of_two
 from compressor.network import Kind
-from compressor.quantize import Simulation, quantizations
+from compressor.quantize import Quantization, Simulation, quantizations
 from compressor.torch_state import in_float64
 
 
@@ -46,8 +46,6 @@ class MatrixPair(Protocol):
     def product(self) -> Tensor:
         """The `d_out x d_in` matrix that the pair stands for."""
 
-
-Made = TypeVar("Made")
 
 # What reads a stored tensor by its name below the layer's.
 Values = Callable[[str], Tensor]
@@ -251,7 +249,6 @@ class Approximations:
     known: Decomposition | None = None
     _pairs: dict[str, dict[int, MatrixPair]] = field(default_factory=dict, init=False)
     _errors: dict[str, Spectrum] = field(default_factory=dict, init=False)
-    _made: dict[str, dict[int, object]] = field(default_factory=dict, init=False)
 
     @cached_property
     def decomposition(self) -> Decomposition:
@@ -270,31 +267,31 @@ class Approximations:
         That error is noise, whose spectrum is much the same at all widths: one of them is looked at.
         """
         assert self.simulation is not None
-        turned, matrix, metric = self.weight.kind in TURNED, in_float64(self.matrix), self.simulation.shared
-        own, of_own = (matrix.T, Metric(metric.gradients, metric.inputs)) if turned else (matrix, metric)
+        own, metric = self._as_stored(self.simulation)
         width = quantizations((own.shape[0], own.shape[1]), max(2, self.settings.corrected_bits))[0]
-        found = self.simulation.matrix(own, width, of_own).product()
-        left = matrix - (found.T if turned else found)
+        left = own - self.simulation.matrix(own, width, metric).product()
         if not left.any():
-            return np.ones(min(matrix.shape) + 1)
-        return truncation_errors(decomposition_in(self.weight, left, metric, settings=self.settings).values)
-
-    def once(self, form: PairForm, rank: int, make: Callable[[], Made]) -> Made:
-        """What is made of the pair of a form at a rank, for all widths of its factors."""
-        known = self._made.setdefault(form.name, {})
-        if rank not in known:
-            known[rank] = make()
-        return cast("Made", known[rank])
+            return np.ones(min(own.shape) + 1)
+        left = left.T if self.weight.kind in TURNED else left
+        of_matrix = self.simulation.shared
+        return truncation_errors(decomposition_in(self.weight, left, of_matrix, settings=self.settings).values)
 
     def relative_error(self, product: Tensor) -> float:
         """Of another matrix in this one's place, in the metric."""
         size = self._squared_size
         return math.sqrt(self._squared(in_float64(self.matrix) - product) / size) if size > 0 else 0.0
 
-    def relative_cost(self, cost: float) -> float:
-        """The square of the relative error of what costs so much in the metric."""
-        size = self._squared_size
-        return cost / self._scale**2 / size if size > 0 else 0.0
+    def relative_cost(self, simulation: Simulation, quantization: Quantization) -> float:
+        """The square of the relative error that quantizing the matrix as it is stored would make."""
+        own, metric = self._as_stored(simulation)
+        size, fitted = self._squared_size, quantization.fitted(own.shape[1])
+        return simulation.cost(own, fitted, metric, unit=self._scale) / size if size > 0 else 0.0
+
+    def _as_stored(self, simulation: Simulation) -> tuple[Tensor, Metric]:
+        """The matrix in its metric, or both transposed where a layer is stored so."""
+        matrix, metric = in_float64(self.matrix), simulation.shared
+        turned = self.weight.kind in TURNED
+        return (matrix.T, Metric(metric.gradients, metric.inputs)) if turned else (matrix, metric)
 
     @cached_property
     def _squared_size(self) -> float:

@@ -77,7 +77,6 @@ from compressor.forms.quantized_parts import (
     single_metric,
     stored_parts,
 )
-from compressor.forms.rounding import rounded_matrix, rounded_pair
 from compressor.forms.weights import TURNED, Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
 from compressor.latency import IntegerProduct, Kernel, LayerUse, ModuleCall, Movement, Size
@@ -88,11 +87,13 @@ from compressor.quantize import (
     QuantizationSettings,
     QuantizedMatrix,
     SimulatedMatrix,
-    Simulation,
 )
 from compressor.torch_state import in_float64
 
 _CLASSES = (QuantizedLinear, QuantizedEmbedding, QuantizedConvolution, QuantizedTransposedConvolution)
+
+# What rounding costs is known by its average in a matrix of so many numbers: of smaller ones the error is formed.
+_MANY = 2**18
 
 # What a quantized layer asks before it multiplies takes as long as so many calls of a module.
 _CALLS_OF_CHECKS = 4
@@ -150,13 +151,13 @@ class _QuantizedForm(PairForm):
         work = QuantizationSettings(rounds=settings.quantization_rounds)
         return partial(quantized, quantization=self.quantization, settings=work)
 
-    def _simulation(self, approximations: Approximations) -> Simulation | None:
-        """What simulates the errors, where they are and nothing has to be formed for that."""
-        bits = self.quantization.bits
-        return None if bits < approximations.settings.simulated_bits else approximations.simulation
-
-    def _quantize_for_errors(self, settings: FactorizationSettings) -> Quantize:
-        return partial(quantized_for_errors, quantization=self.quantization, settings=settings)
+    def _quantize_for_errors(self, approximations: Approximations) -> Quantize:
+        return partial(
+            quantized_for_errors,
+            quantization=self.quantization,
+            settings=approximations.settings,
+            simulation=approximations.simulation,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,15 +328,9 @@ class QuantizedPair(_QuantizedForm):
 
     def _added(self, approximations: Approximations, rank: int, truncated: float) -> float:
         """What quantizing adds to the squared error of the pair of a rank, which is that of truncation."""
-        weight, simulation = approximations.weight, self._simulation(approximations)
-        found = approximations.pair(self.pair, rank)
-        if isinstance(found, FactorPair) and simulation is not None:
-            rounded = approximations.once(
-                self.pair, rank, lambda: rounded_pair(self.pair, weight.kind, found, simulation=simulation)
-            )
-            return approximations.relative_cost(rounded.cost(self.quantization))
-        matrix, quantize = approximations.matrix, self._quantize_for_errors(approximations.settings)
-        pair = self._quantized(weight, found, matrix, metric=approximations.metric, quantize=quantize)
+        found, quantize = approximations.pair(self.pair, rank), self._quantize_for_errors(approximations)
+        weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
+        pair = self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
         return max(0.0, approximations.relative_error(pair.product()) ** 2 - truncated**2)
 
 
@@ -450,12 +445,12 @@ class QuantizedDense(_QuantizedForm):
         """Of the quantized matrix alone at rank 0, and at few bits of what the best correction of a rank leaves."""
         weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
         settings = approximations.settings
-        if (simulation := self._simulation(approximations)) is not None:
-            rounded = rounded_matrix(weight.kind, matrix, simulation=simulation)
-            error = math.sqrt(approximations.relative_cost(rounded.cost(self.quantization)))
+        simulated = self.quantization.bits >= settings.simulated_bits and matrix.numel() >= _MANY
+        if simulated and (simulation := approximations.simulation) is not None:
+            error = math.sqrt(approximations.relative_cost(simulation, self.quantization))
             corrected = self.quantization.bits <= settings.corrected_bits and error > 0
             return error * approximations.corrected if corrected else np.array([error])
-        turned, quantize = weight.kind in TURNED, self._quantize_for_errors(settings)
+        turned, quantize = weight.kind in TURNED, self._quantize_for_errors(approximations)
         own = quantized_as_stored(in_float64(matrix), single_metric(metric), quantize=quantize, turned=turned)
         found = matrix_of(own, turned=turned)
         error = approximations.relative_error(found)

@@ -120,15 +120,23 @@ def quantized(
 
 
 def quantized_for_errors(
-    matrix: Tensor, metric: Metric | None, *, quantization: Quantization, settings: FactorizationSettings
+    matrix: Tensor,
+    metric: Metric | None,
+    *,
+    quantization: Quantization,
+    settings: FactorizationSettings,
+    simulation: Simulation | None = None,
 ) -> QuantizedMatrix | SimulatedMatrix:
-    """A matrix with an error of that size, in less time."""
+    """A matrix with an error of that size, in less time.
+
+    Of a metric that has moments in common with others `simulation` knows their factors.
+    """
     if isinstance(metric, GroupedMetric):
         quantize = partial(quantized_for_errors, quantization=quantization, settings=settings)
         return _joined_rows([quantize(*each) for each in _blocks(matrix, metric)])
     if metric is None or matrix.numel() == 0 or quantization.bits < settings.simulated_bits:
         return quantized(matrix, metric, quantization=quantization, settings=QuantizationSettings(rounds=0))
-    return Simulation(metric).matrix(matrix, quantization.fitted(matrix.shape[1]), metric)
+    return (simulation or Simulation(metric)).matrix(matrix, quantization.fitted(matrix.shape[1]), metric)
 
 
 def _blocks(matrix: Tensor, metric: GroupedMetric) -> Iterator[tuple[Tensor, Metric]]:

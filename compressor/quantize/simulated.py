@@ -48,9 +48,6 @@ class Carrying(Protocol):
     def weights(self) -> Tensor:
         """What the square of what rounding leaves of each costs: the diagonal of `M^-1 S M^-T`."""
 
-    def weights_of(self, root: Tensor) -> Tensor:
-        """The same of `F F^T` in the place of the moment S."""
-
     def carried(self, left: Tensor) -> Tensor:
         """`M^-T E`: what carrying the errors E of rows to the later ones makes of them."""
 
@@ -64,9 +61,6 @@ class Uncarried:
     @property
     def weights(self) -> Tensor:
         return in_float64(diagonal_of(self.moment))
-
-    def weights_of(self, root: Tensor) -> Tensor:
-        return root.square().sum(1)
 
     def carried(self, left: Tensor) -> Tensor:
         return left
@@ -114,11 +108,6 @@ class FactoredMoment:
         found = self.scale * (self.squares - self.damping * lengths)
         return found[self.order.argsort()].clamp_min_(0)
 
-    def weights_of(self, root: Tensor) -> Tensor:
-        solved = torch.linalg.solve_triangular(self.unit_upper, root[self.order], upper=True, unitriangular=True)
-        found: Tensor = solved.square_().sum(1)[self.order.argsort()]
-        return found
-
 
 @dataclass(frozen=True)
 class Simulation:
@@ -138,6 +127,13 @@ class Simulation:
         rows, columns = self.carrying(metric)
         left = left_by_rounding(matrix, quantization, metric, settings=self.settings)
         return SimulatedMatrix(in_float64(matrix) + rows.carried(columns.carried(left.T).T))
+
+    def cost(self, matrix: Tensor, quantization: Quantization, metric: Metric, *, unit: float = 1.0) -> float:
+        """What that error costs, `tr(S_g D S_x D^T)`, on average: of numbers in multiples of `unit`."""
+        rows, columns = self.carrying(metric)
+        scale = power_of_two(matrix)
+        left = left_by_rounding(matrix, quantization, metric, settings=self.settings) / scale
+        return (scale / unit) ** 2 * float(rows.weights @ left.square_() @ columns.weights)
 
     def carrying(self, metric: Metric) -> tuple[Carrying, Carrying]:
         """How errors are carried between the rows and between the columns of a matrix in a metric.

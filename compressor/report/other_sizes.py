@@ -150,9 +150,10 @@ def command_for(command: str, keep: float, output: str | None = None) -> str:
     comment = words.index("#") if "#" in words else len(words)
     flags = [word.partition("=")[0] for word in words[:comment]]
     replaced = next((flag for flag in _BUDGETS if flag in flags), None)
+    dropped = {replaced} if output is None else {replaced, "--output", "-o"}
     kept, skipped = [], False
     for word, flag in zip(words, flags, strict=False):
-        if skipped or flag == replaced:
+        if skipped or flag in dropped:
             skipped = not skipped and word == flag
         elif flag != "--allow-miss" or replaced != "--max-drop":
             kept.append(word)

@@ -54,15 +54,16 @@ def test_the_weights_are_what_an_error_in_one_number_costs(diagonal: str, scale:
             assert float(rows.weights[i] * columns.weights[j]) == pytest.approx(cost, rel=1e-9)
 
 
-def test_the_weights_of_another_moment() -> None:
-    metric, other = metric_of(4, 6), random(6, 3, seed=5)
-    _, columns = Simulation(metric).carrying(metric)
-    instead = Metric(other @ other.T, torch.ones(1, dtype=torch.float64))
-    for j in range(6):
-        left = torch.zeros(6, 1, dtype=torch.float64)
-        left[j] = 1
-        cost = instead.squared_size(columns.carried(left).T)
-        assert float(columns.weights_of(other)[j]) == pytest.approx(cost, rel=1e-9)
+@pytest.mark.parametrize("unit", [1.0, 2.0**-100, 2.0**100])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_the_cost_is_that_of_the_simulated_error(bits: int, turned: bool, unit: float) -> None:
+    matrix, metric = random(96, 128), metric_of(96, 128)
+    if turned:
+        matrix, metric = matrix.T, Metric(metric.gradients, metric.inputs)
+    found = Simulation(metric).matrix(matrix, Quantization(bits), metric).product()
+    cost = Simulation(metric).cost(unit * matrix, Quantization(bits), metric, unit=unit)
+    assert cost == pytest.approx(metric.squared_size(matrix - found), rel=0.05)
 
 
 def test_the_weights_of_a_moment_of_zero_are_zero() -> None:

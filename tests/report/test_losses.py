@@ -10,15 +10,19 @@ from torch import nn
 from compressor import Compression, compress
 from compressor.evaluation import UniformQuantization
 from compressor.evaluation.cost import Latency, TimedWorkload
+from compressor.formatting import format_size
+from compressor.planning import Budget
 from compressor.report import compression_page
 from compressor.report.losses import curve_points
-from compressor.report.wording import faster_words, uniform_words
+from compressor.report.wording import faster_words, needs_calibration, uniform_words
 
 
-def compression() -> Compression:
+def compression(*, measured: bool = False) -> Compression:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
-    return compress(network, keep=0.7, prefer="size", bits=16)
+    inputs = torch.randn(40, 64)
+    data = (inputs, network(inputs).argmax(1)) if measured else None
+    return compress(network, keep=0.7, prefer="size", bits=16, data=data)
 
 
 def test_int8_and_int4_are_points_of_the_curve() -> None:
@@ -51,6 +55,30 @@ def test_the_best_of_a_width_is_the_one_that_is_named() -> None:
     by_gptq = replace(nearest, method="GPTQ", holdout_loss=0.1)
     words = uniform_words(replace(compression(), uniform=(nearest, by_gptq)))
     assert words == "int4 (GPTQ) takes 2 kB and loses 0.1 on the holdout"
+
+
+def test_what_this_model_loses_stands_beside_by_the_same_measure() -> None:
+    found = compression(measured=True)
+    assert found.evaluation is not None
+    int4 = UniformQuantization(4, "GPTQ", 10, 2000, holdout_loss=0.1, loss=0.7)
+    evaluation = replace(found.evaluation, baseline_loss=1.0, compressed_loss=0.75)
+    words = uniform_words(replace(found, uniform=(int4,), evaluation=evaluation))
+    size = format_size(found.bytes.after)
+    assert words == (
+        f"int4 (GPTQ) takes 2 kB and gains 0.3 nats per prediction on the data; this model takes {size} and gains 0.25"
+    )
+    errors = replace(int4, holdout_loss=None, loss=None, error=0.2)
+    words = uniform_words(replace(found, uniform=(errors,), evaluation=None))
+    assert (
+        words
+        == f"int4 (GPTQ) takes 2 kB at a relative error of 0.2; this model takes {size} at {found.losses.error:.3g}"
+    )
+
+
+def test_every_layer_in_8_bits_needs_no_calibration() -> None:
+    assert needs_calibration(Budget("bits", 4), has_attention=True)
+    assert not needs_calibration(Budget("bits", 8), has_attention=True)
+    assert not needs_calibration(Budget("bits", 4), has_attention=False)
 
 
 def test_who_asked_for_bits_and_got_a_slower_model_is_told_how_to_ask_for_speed() -> None:

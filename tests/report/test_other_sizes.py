@@ -104,9 +104,9 @@ def test_a_command_gets_the_size_in_place_of_its_own_budget(command: str, expect
     ],
 )
 def test_another_size_has_another_output(output: str, other: str) -> None:
-    command = "compress m --keep 0.5 # and in Python metric"
     expected = f"compress m --keep 0.25 --output {other} # and in Python metric"
-    assert command_for(command, 0.25, output) == expected
+    for named in ("", f" --output '{output}'", f" -o '{output}'", f" --output='{output}'"):
+        assert command_for(f"compress m{named} --keep 0.5 # and in Python metric", 0.25, output) == expected
 
 
 @pytest.mark.slow
