@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -149,7 +150,7 @@ def diagnosis_steps(
     work = None if data is None else work_on_data(subject.with_separate_experts, data, device)
     if data is None or work is None:
         return steps
-    forward, batches = work.forward, -(-data.count // data.batch_size)
+    forward, batches = work.forward, math.ceil(data.count / data.batch_size)
     backward = FORWARD_AND_BACKWARD * forward.of_batch(min(data.count, data.batch_size))
     probed = 3 * forward.of_batch(min(data.count, data.batch_size, PROBED))
     steps += [

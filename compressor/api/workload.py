@@ -206,8 +206,9 @@ def work_on_quantization(
     # What all of a kind have in common is computed with the first.
     of_errors = 0.0
     for each in alike:
-        first, both = (least_seconds(errors(each[:count]), device) for count in (1, 2))
-        of_errors += first + (len(each) - 1) * max(0.0, both - first)
+        first = least_seconds(errors(each[:1]), device)
+        more = 0.0 if len(each) == 1 else max(0.0, least_seconds(errors(each[:2]), device) - first)
+        of_errors += first + (len(each) - 1) * more
     typical = next((form for form in own if pair_name(form) == DENSE), own[0])
     quantization = _quantization(typical)
     stored = quantize_to_nearest(matrix, quantization.fitted(matrix.shape[1]), scale_dtype=torch.bfloat16)

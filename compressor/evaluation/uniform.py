@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -75,17 +75,20 @@ class Losses:
     error: float | None
     dense_loss: float | None
 
+    def by_measure(self, uniform: UniformQuantization) -> Iterator[tuple[Loss | None, Loss]]:
+        """This model's loss and that of a uniform quantization by each measure that the latter has, the best first."""
+        on_data = None if uniform.loss is None or self.dense_loss is None else uniform.loss - self.dense_loss
+        for own, other, unit, on in (
+            (self.on_data, on_data, "nats per prediction", self.data),
+            (self.on_holdout, uniform.holdout_loss, self.unit, "the holdout"),
+            (self.error, uniform.error, "relative error", ""),
+        ):
+            if other is not None:
+                yield None if own is None else Loss(own, unit, on), Loss(other, unit, on)
+
     def beside(self, uniform: UniformQuantization) -> tuple[Loss, Loss] | None:
-        """This model's loss and that of a uniform quantization by the best measure that both have; None without."""
-        if self.on_data is not None and uniform.loss is not None and self.dense_loss is not None:
-            unit = "nats per prediction"
-            return Loss(self.on_data, unit, self.data), Loss(uniform.loss - self.dense_loss, unit, self.data)
-        if self.on_holdout is not None and uniform.holdout_loss is not None:
-            on = "the holdout"
-            return Loss(self.on_holdout, self.unit, on), Loss(uniform.holdout_loss, self.unit, on)
-        if self.error is not None and uniform.error is not None:
-            return Loss(self.error, "relative error", ""), Loss(uniform.error, "relative error", "")
-        return None
+        """Both losses by the best measure that both have; None without."""
+        return next(((own, other) for own, other in self.by_measure(uniform) if own is not None), None)
 
 
 @dataclass(frozen=True)

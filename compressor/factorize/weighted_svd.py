@@ -46,6 +46,11 @@ class Metric:
         """`tr(S_g D S_x D^T)` of a `d_out x d_in` matrix D: twice the loss that changing a layer by it costs."""
         return max(0.0, float((weighed(_times(matrix, self.inputs), self.gradients) * matrix).sum()))
 
+    @property
+    def transposed(self) -> Metric:
+        """That of the transposed matrix, of which no mean of the inputs is known."""
+        return Metric(self.gradients, self.inputs)
+
     def mean_output(self, matrix: Tensor) -> Tensor:
         """What a `d_out x d_in` matrix makes of the mean of the inputs, which is known."""
         assert self.mean is not None

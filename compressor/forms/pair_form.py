@@ -266,9 +266,9 @@ class Approximations:
 
         That error is noise, whose spectrum is much the same at all widths: one of them is looked at.
         """
-        assert self.simulation is not None
-        own, metric = self._as_stored(self.simulation)
+        own, metric = self._as_stored
         width = quantizations((own.shape[0], own.shape[1]), max(2, self.settings.corrected_bits))[0]
+        assert self.simulation is not None
         left = own - self.simulation.matrix(own, width, metric).product()
         if not left.any():
             return np.ones(min(own.shape) + 1)
@@ -281,17 +281,19 @@ class Approximations:
         size = self._squared_size
         return math.sqrt(self._squared(in_float64(self.matrix) - product) / size) if size > 0 else 0.0
 
-    def relative_cost(self, simulation: Simulation, quantization: Quantization) -> float:
+    def relative_cost(self, quantization: Quantization) -> float:
         """The square of the relative error that quantizing the matrix as it is stored would make."""
-        own, metric = self._as_stored(simulation)
+        own, metric = self._as_stored
+        assert self.simulation is not None
         size, fitted = self._squared_size, quantization.fitted(own.shape[1])
-        return simulation.cost(own, fitted, metric, unit=self._scale) / size if size > 0 else 0.0
+        return self.simulation.cost(own, fitted, metric, unit=self._scale) / size if size > 0 else 0.0
 
-    def _as_stored(self, simulation: Simulation) -> tuple[Tensor, Metric]:
-        """The matrix in its metric, or both transposed where a layer is stored so."""
-        matrix, metric = in_float64(self.matrix), simulation.shared
-        turned = self.weight.kind in TURNED
-        return (matrix.T, Metric(metric.gradients, metric.inputs)) if turned else (matrix, metric)
+    @property
+    def _as_stored(self) -> tuple[Tensor, Metric]:
+        """The matrix in the metric of the simulation, or both transposed where a layer is stored so."""
+        assert self.simulation is not None
+        matrix, metric = in_float64(self.matrix), self.simulation.shared
+        return (matrix.T, metric.transposed) if self.weight.kind in TURNED else (matrix, metric)
 
     @cached_property
     def _squared_size(self) -> float:

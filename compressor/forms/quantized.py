@@ -446,8 +446,8 @@ class QuantizedDense(_QuantizedForm):
         weight, matrix, metric = approximations.weight, approximations.matrix, approximations.metric
         settings = approximations.settings
         simulated = self.quantization.bits >= settings.simulated_bits and matrix.numel() >= _MANY
-        if simulated and (simulation := approximations.simulation) is not None:
-            error = math.sqrt(approximations.relative_cost(simulation, self.quantization))
+        if simulated and approximations.simulation is not None:
+            error = math.sqrt(approximations.relative_cost(self.quantization))
             corrected = self.quantization.bits <= settings.corrected_bits and error > 0
             return error * approximations.corrected if corrected else np.array([error])
         turned, quantize = weight.kind in TURNED, self._quantize_for_errors(approximations)

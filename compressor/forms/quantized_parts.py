@@ -164,11 +164,6 @@ def _joined_quantized_rows(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def turned_metric(metric: Metric) -> Metric:
-    """The metric of the transposed matrix."""
-    return Metric(metric.gradients, metric.inputs)
-
-
 def single_metric(metric: Metric | TiedMetric | None) -> Metric | None:
     return nearest_kronecker_metric(metric) if isinstance(metric, TiedMetric) else metric
 
@@ -179,25 +174,22 @@ def quantized_as_stored(
     """A matrix quantized as it is stored: its transpose where `turned`."""
     if not turned:
         return quantize(matrix, metric)
-    return quantize(matrix.T, None if metric is None else turned_metric(metric))
+    return quantize(matrix.T, None if metric is None else metric.transposed)
 
 
 def matrix_of(part: QuantizedMatrix | SimulatedMatrix, *, turned: bool) -> Tensor:
     return part.product().T if turned else part.product()
 
 
-def with_even_columns(pair: FactorPair) -> FactorPair:
-    """The same matrix with the columns of `up` equally long: they share scales."""
-    sizes = pair.up.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    return FactorPair(up=pair.up / sizes, down=sizes[:, None] * pair.down)
-
-
 def plain_parts(
     kind: Kind, pair: FactorPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
 ) -> dict[str, QuantizedMatrix | SimulatedMatrix]:
-    """The factors of a plain or channel pair: `down`, and then `up` as refitted to it."""
-    balanced = with_even_columns(pair)
-    up, rows = balanced.up, balanced.down
+    """The factors of a plain or channel pair: `down`, and then `up` as refitted to it.
+
+    The columns of `up` share scales, so they are made equally long before.
+    """
+    sizes = pair.up.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    up, rows = pair.up / sizes, sizes[:, None] * pair.down
     of_down = None if metric is None else Metric(metric.inputs, up.T @ weighed(up, metric.gradients))
     turned = kind in TURNED
     down = quantized_as_stored(rows, of_down, quantize=quantize, turned=turned)

@@ -6,7 +6,7 @@ and at 2 bits, of which the range is too small for errors that are carried, half
 
 What is left of different numbers by rounding has nothing to do with each other. So `tr(S_g D S_x D^T)` is, but for a
 few percent in small matrices and less in large ones, the sum of the squares of E, each weighed by the diagonals of
-`N^-1 S_g N^-T` and `M^-1 S_x M^-T`: these are computed once for all widths, and D where it is fitted to.
+`N^-1 S_g N^-T` and `M^-1 S_x M^-T`: these are computed once for all widths.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class SimulatedMatrix:
 
 
 class Carrying(Protocol):
-    """How errors are carried from one row, or column, to the later ones."""
+    """Error feedback: how the errors of one row, or column, are carried to the later ones."""
 
     @property
     def weights(self) -> Tensor:
         """What the square of what rounding leaves of each costs: the diagonal of `M^-1 S M^-T`."""
 
     def carried(self, left: Tensor) -> Tensor:
-        """`M^-T E`: what carrying the errors E of rows to the later ones makes of them."""
+        """`M^-T E`: the errors of rows after error feedback, where rounding left E."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FactoredMoment:
         order = descending(wide)
         factor = upper_factor(wide[order][:, order])
         roots = factor.diagonal()
-        damping = float(damping_of(in_float64(moment) / scale, share))
+        damping = float(damping_of(diagonal_of(in_float64(moment)) / scale, share))
         return cls(moment, scale, damping, order, factor / roots, roots.square())
 
     def carried(self, left: Tensor) -> Tensor:
@@ -125,14 +125,14 @@ class Simulation:
     def matrix(self, matrix: Tensor, quantization: Quantization, metric: Metric) -> SimulatedMatrix:
         """A matrix with an error that costs about what that of `gptq` does, in a fraction of its time."""
         rows, columns = self.carrying(metric)
-        left = left_by_rounding(matrix, quantization, metric, settings=self.settings)
+        left = _left_by_rounding(matrix, quantization, metric, settings=self.settings)
         return SimulatedMatrix(in_float64(matrix) + rows.carried(columns.carried(left.T).T))
 
     def cost(self, matrix: Tensor, quantization: Quantization, metric: Metric, *, unit: float = 1.0) -> float:
         """What that error costs, `tr(S_g D S_x D^T)`, on average: of numbers in multiples of `unit`."""
         rows, columns = self.carrying(metric)
         scale = power_of_two(matrix)
-        left = left_by_rounding(matrix, quantization, metric, settings=self.settings) / scale
+        left = _left_by_rounding(matrix, quantization, metric, settings=self.settings) / scale
         return (scale / unit) ** 2 * float(rows.weights @ left.square_() @ columns.weights)
 
     def carrying(self, metric: Metric) -> tuple[Carrying, Carrying]:
@@ -157,8 +157,8 @@ class Simulation:
         return self._known[-1][1]
 
 
-def left_by_rounding(
-    matrix: Tensor, quantization: Quantization, metric: Metric, *, settings: QuantizationSettings = DEFAULTS
+def _left_by_rounding(
+    matrix: Tensor, quantization: Quantization, metric: Metric, *, settings: QuantizationSettings
 ) -> Tensor:
     """What rounding a matrix to nearest leaves of it, in float64."""
     importance = metric.inputs if metric.inputs.dim() == 1 else None

@@ -570,16 +570,13 @@ def _memory(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
     )
     rows: list[tuple[str, ...]] = []
     reasons: list[str] = []
-    known = False
     for layer in layers:
         why = _why_unknown(layer)
         reasons += [reason for reason in why if reason not in reasons]
         notes = ",".join(str(reasons.index(reason) + 1) for reason in why)
-        cells = _memory_cells(layer)
-        known |= any(cell != "-" for cell in cells[1:])
-        rows.append((one_line(layer.layer.name), format_shape(layer.layer.shape), *cells, notes))
+        rows.append((one_line(layer.layer.name), format_shape(layer.layer.shape), *_memory_cells(layer), notes))
     title = Title("Memory of the training")
-    if reasons and not known:  # of a model without a recipe
+    if reasons and all(cell == "-" for row in rows for cell in row[3:-1]):  # of a model without a recipe
         return title, Facts.of(*(("unknown", reason) for reason in reasons))
     if not reasons:
         headers, rows = headers[:-1], [row[:-1] for row in rows]

@@ -14,6 +14,7 @@ from compressor.formatting import format_estimate, format_percent, format_size, 
 if TYPE_CHECKING:
     from compressor.archiving import ArchivedCheckpoint
     from compressor.evaluation import Evaluation
+    from compressor.evaluation.uniform import Loss
     from compressor.fine_tuning.correspondence import Correspondence
     from compressor.fine_tuning.difference import BaseShare
     from compressor.io.training_state import LeftOut
@@ -600,29 +601,25 @@ def uniform_words(compression: Compression) -> str | None:
     Losses are on the data where there are any, else on the holdout of the calibration; without either it is the error.
     """
     losses, found, seen = compression.losses, [], set()
-    unit = f" {losses.unit}" if losses.unit else ""
-    own: str | None = None
+    own = None
     for each in reversed(compression.uniform):  # of each width the best first
-        if each.bits in seen:
-            continue
+        measured = None if each.bits in seen else next(losses.by_measure(each), None)
         seen.add(each.bits)
-        if each.loss is not None and losses.dense_loss is not None:
-            loss = _lost_words(each.loss - losses.dense_loss, " nats per prediction on the data")
-            own = None if losses.on_data is None else _lost_words(losses.on_data, "")
-        elif each.holdout_loss is not None:
-            loss = _lost_words(each.holdout_loss, f"{unit} on the holdout")
-            own = None if losses.on_holdout is None else _lost_words(losses.on_holdout, "")
-        elif each.error is not None:
-            loss = f"at a relative error of {each.error:.3g}"
-            own = None if losses.error is None else f"at {losses.error:.3g}"
-        else:
-            continue
-        found.append(f"{each.name} ({each.method}) takes {format_size(each.bytes)} {loss}")
+        if measured is not None:
+            own, loss = measured
+            lost = _lost_words(loss, on="the data" if loss.on == losses.data else loss.on)
+            found.append(f"{each.name} ({each.method}) takes {format_size(each.bytes)} {lost}")
     if not found:
         return None
-    ours = [] if own is None else [f"this model takes {format_size(compression.bytes.after)} {own}"]
+    ours = [] if own is None else [f"this model takes {format_size(compression.bytes.after)} {_lost_words(own)}"]
     return "; ".join([*reversed(found), *ours])
 
 
-def _lost_words(loss: float, unit: str) -> str:
-    return f"and {'loses' if loss >= 0 else 'gains'} {abs(loss):.3g}{unit}"
+def _lost_words(loss: Loss, on: str | None = None) -> str:
+    """A loss; with what it is measured `on`, in its unit."""
+    if loss.unit == "relative error":
+        return f"at {loss.value:.3g}" if on is None else f"at a relative error of {loss.value:.3g}"
+    words = [f"and {'loses' if loss.value >= 0 else 'gains'} {abs(loss.value):.3g}"]
+    if on is not None:
+        words += [loss.unit, f"on {on}"]
+    return " ".join(filter(None, words))
