@@ -86,9 +86,9 @@ class Losses:
             if other is not None:
                 yield None if own is None else Loss(own, unit, on), Loss(other, unit, on)
 
-    def beside(self, uniform: UniformQuantization) -> tuple[Loss, Loss] | None:
-        """Both losses by the best measure that both have; None without."""
-        return next(((own, other) for own, other in self.by_measure(uniform) if own is not None), None)
+    def beside(self, uniform: UniformQuantization) -> list[tuple[Loss, Loss]]:
+        """Both losses by each measure that both have, the best first."""
+        return [(own, other) for own, other in self.by_measure(uniform) if own is not None]
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,15 @@ class BetterUniform:
 
 
 def better_uniform(uniform: Iterable[UniformQuantization], losses: Losses, *, size: int) -> BetterUniform | None:
-    """The smallest uniform quantization that is smaller than a model of `size` bytes and loses no more; else None."""
+    """The smallest uniform quantization that is smaller than a model of `size` bytes and loses no more; else None.
+
+    It loses no more by each measure that both have, since on few data one of two may lose less by chance. The losses by
+    the best measure are named.
+    """
     found = []
     for each in uniform:
-        compared = losses.beside(each) if each.bytes < size else None
-        if compared is not None and compared[1].value <= compared[0].value:
-            found.append(BetterUniform(each, loss=compared[1], of_model=compared[0]))
+        both = losses.beside(each)
+        if each.bytes < size and both and all(other.value <= own.value for own, other in both):
+            own, other = both[0]
+            found.append(BetterUniform(each, loss=other, of_model=own))
     return min(found, key=lambda one: (one.uniform.bytes, one.loss.value), default=None)

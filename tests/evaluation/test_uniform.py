@@ -1,4 +1,4 @@
-"""Uniform quantizations beside a compressed model: which is better, by the best measure that both have."""
+"""Uniform quantizations beside a compressed model: which is better, by each measure that both have."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def test_data_that_did_not_decide_are_compared_first() -> None:
         "on": "test",
         "words": str(found),
     }
+
+
+def test_it_loses_no_more_on_the_holdout_and_on_the_data() -> None:
+    by_chance = replace(HOLDOUT, on_holdout=0.0001, on_data=0.02, data="test", dense_loss=2.0)
+    assert better_uniform([INT8], by_chance, size=1200) is None
+    assert better_uniform([INT8], replace(by_chance, on_holdout=0.001), size=1200) is not None
 
 
 def test_without_data_it_is_the_error() -> None:
