@@ -4,8 +4,8 @@
 
 It makes a convolutional network for scikit-learn's digits, and a Llama folder with two texts of the standard library's
 source, in a temporary folder; neither is the project's. Then it takes the steps of README.md, each in a process of its
-own, and two that have to fail: a misspelled name, and a file that was cut off. Writes the status, the processor time,
-and the wall time of each to benchmarks/results/first_steps.json.
+own, and two that have to fail: a misspelled name, and a file that was cut off. The first is what `make demo` runs.
+Writes the status, the processor time, the wall time, and the output of each to benchmarks/results/first_steps.json.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ COMPRESS = "compress model/ --keep 0.25 --calibration train.txt --data test.txt 
 EVALUATE = "compress evaluate model-small/ --baseline model/ --data test.txt"
 BROKEN, MISSING = "compress broken.safetensors --keep 0.5", "compress modle/ --keep 0.5"
 
+DEMO = ROOT / "examples" / "own_network.py"
+
 Found = dict[str, Any]
 
 
@@ -115,13 +117,14 @@ def step(name: str, command: list[str], folder: Path, *, expected: int = 0) -> F
     used = after.children_user + after.children_system - before.children_user - before.children_system
     said = (ran.stdout if expected == 0 else ran.stderr).strip().splitlines()
     found = {"step": name, "status": ran.returncode, "cpu_seconds": round(used, 1), "seconds": round(seconds, 1)}
-    return found | {"said": "" if not said else said[0]}
+    return found | {"said": [line.rstrip() for line in said]}
 
 
 def walked(folder: Path) -> list[Found]:
     """All steps, in a folder that is empty."""
     python = [sys.executable, "-c"]
-    rows = [step("train a network, `compressor.compress(network, ...)`", [*python, NETWORK], folder)]
+    rows = [step("`make demo`", [sys.executable, str(DEMO), "--report", "report.html"], folder)]
+    rows.append(step("train a network, `compressor.compress(network, ...)`", [*python, NETWORK], folder))
     tokenizer = str(ROOT / "model_cards" / "stdlib-llama")
     rows.append(step("train a small Llama", [*python, LANGUAGE_MODEL.format(tokenizer=tokenizer)], folder))
     rows += [step(f"`{command}`", shlex.split(command), folder) for command in (COMPRESS, EVALUATE)]
@@ -136,12 +139,23 @@ def table(document: Mapping[str, Any]) -> str:
     lines = ["| step | status | CPU time | wall time | says |", "|---|---|---|---|---|"]
     for row in document["rows"]:
         times = f"{row['cpu_seconds']:.0f} s | {row['seconds']:.0f} s"
-        said = "" if row["status"] else row["said"]
-        if said.endswith("->"):  # the line goes on below
-            said = said.rpartition(", ")[0]
+        said = "" if row["status"] or not row["said"] else _sections(row)[0].replace("\n", " ")
         lines.append(f"| {row['step']} | {row['status']} | {times} | {said} |")
     total = [sum(row[each] for row in document["rows"]) for each in ("cpu_seconds", "seconds")]
     return "\n".join([*lines, f"| all | | {total[0]:.0f} s | {total[1]:.0f} s | |"])
+
+
+def demo(document: Mapping[str, Any]) -> str:
+    """The verdict of `make demo`, and some of what it compares before and after."""
+    sections = _sections(document["rows"][0])
+    header, *rows = next(each for each in sections if each.split()[:3] == ["before", "after", "compared"]).splitlines()
+    shown = [row for row in rows if row.startswith(("weight files", "accuracy", "latency"))]
+    return "\n".join(["```text", sections[0], "", header, *shown, "```"])
+
+
+def _sections(row: Mapping[str, Any]) -> list[str]:
+    """The parts of an output, which empty lines separate."""
+    return "\n".join(row["said"]).split("\n\n")
 
 
 def main() -> None:

@@ -445,34 +445,40 @@ def measured(model: nn.Module, data: EvaluationData, dense: nn.Module | None = N
     accuracy = quality.value if quality.metric == "accuracy" else None
     if dense is None:
         return Measurement(quality.loss, accuracy)
-    error = error_of_change(dense, model, data)
-    return Measurement(quality.loss, accuracy, mean_divergence(dense, model, data), error)
+    error, diverging = change_from(dense, model, data)
+    return Measurement(quality.loss, accuracy, diverging, error)
 
 
 @torch.inference_mode()
-def error_of_change(dense: nn.Module, model: nn.Module, data: EvaluationData) -> float:
-    """The standard error of the mean change in loss from the dense model to another, over the examples."""
-    changes = torch.cat([example_losses(model, batch) - example_losses(dense, batch) for batch in data])
-    return float(changes.std() / math.sqrt(len(changes)))
+def change_from(dense: nn.Module, model: nn.Module, data: EvaluationData) -> tuple[float, float]:
+    """What a model makes of the dense one's predictions.
+
+    Returns:
+        The standard error of the mean change in loss over the examples, and the Kullback-Leibler divergence per
+        prediction, in nats.
+    """
+    changes, divergences, count = [], 0.0, 0
+    for batch in data:
+        before, after = (logits_of(each, batch.inputs) for each in (dense, model))
+        changes.append(losses_of(after, batch.labels) - losses_of(before, batch.labels))
+        total, rows = divergence(before, after, (), criterion="likelihood")
+        divergences += float(total)
+        count += rows
+    together = torch.cat(changes)
+    return float(together.std() / math.sqrt(len(together))), divergences / count
 
 
 def example_losses(model: nn.Module, batch: Batch) -> Tensor:
     """The cross-entropy of each image, or its mean over the predictions of each window of text."""
-    logits = logits_of(model, batch.inputs).double()
-    if batch.labels.dim() > 1:
+    return losses_of(logits_of(model, batch.inputs), batch.labels)
+
+
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = logits.double()
+    if labels.dim() > 1:
         logits = logits[:, :-1].movedim(-1, 1)
-    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-
-
-@torch.inference_mode()
-def mean_divergence(dense: nn.Module, model: nn.Module, data: EvaluationData) -> float:
-    """Kullback-Leibler divergence per prediction, in nats, from the dense model to another."""
-    found = [
-        divergence(logits_of(dense, batch.inputs), logits_of(model, batch.inputs), (), criterion="likelihood")
-        for batch in data
-    ]
-    return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Every block of the pages runs: commands and Python in a folder where tiny models stand for the names in them.
 
 A block that cannot run here says why in a comment above it: `<!-- not run: REASON -->`. What a command printed is
-recorded (`docs/outputs.py`), and other text is marked too.
+recorded (`docs/outputs.py`), or a script (`docs/tables.py`), and other text is marked too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 GENERATED = ROOT / "docs" / "reference" / "options.md"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {GENERATED}))
 FENCE = re.compile(r"^( *)(```+)(\w*)$")
-MARK = re.compile(r"^<!-- (not run|output): *(.*?) *-->$")
+MARK = re.compile(r"^<!-- (not run|output|table): *(.*?) *-->$")
 LANGUAGES = {"sh", "python", "yaml", "json", "text"}
 # What a word in capitals stands for, and where it stands for something else on one page.
 NAMES = {
@@ -171,7 +171,7 @@ class Page:
 
     def run(self, block: Block, *, exact: bool = False) -> None:
         """`exact`: with all of the work, because what is printed is compared."""
-        if block.mark == "not run":
+        if block.mark in ("not run", "table"):
             return
         if block.mark == "output":
             assert masked(self._printed()) == masked(block.text), "run `python -m docs.outputs` and `... docs.tables`"

@@ -22,13 +22,19 @@ def test_a_step_that_ends_otherwise_than_expected_is_an_error(tmp_path: Path) ->
         steps.step("a step", failing, tmp_path)
     found = steps.step("a step", failing, tmp_path, expected=1)
     assert found["status"] == 1
-    assert found["said"] == "error: no"
+    assert found["said"] == ["error: no"]
     assert found["cpu_seconds"] <= found["seconds"] + 1
 
 
 def test_the_table_has_a_row_for_each_step_and_their_sum() -> None:
     rows = [
-        {"step": f"step {number}", "status": 0, "cpu_seconds": 10.0 * number, "seconds": 20.0, "said": "done"}
+        {
+            "step": f"step {number}",
+            "status": 0,
+            "cpu_seconds": 10.0 * number,
+            "seconds": 20.0,
+            "said": ["done", "", "more"],
+        }
         for number in (1, 2)
     ]
     lines = steps.table({"rows": rows}).splitlines()
@@ -37,3 +43,15 @@ def test_the_table_has_a_row_for_each_step_and_their_sum() -> None:
         "| step 2 | 0 | 20 s | 20 s | done |",
         "| all | | 30 s | 40 s | |",
     ]
+
+
+def test_the_sample_is_the_verdict_and_what_is_compared() -> None:
+    compared = [
+        "              before  after  compared",
+        "parameters         9      4    44.4 %",
+        "accuracy           1      1    +0",
+    ]
+    said = ["75 % smaller", "", "model  one", "", *compared, "", "took  1 s"]
+    assert steps.demo({"rows": [{"said": said}]}).splitlines() == [
+        "```text", "75 % smaller", "", compared[0], compared[2], "```"
+    ]  # fmt: skip
