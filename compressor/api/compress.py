@@ -65,6 +65,7 @@ from compressor.api.work_folder import expect_data, kept_calibration, kept_work,
 from compressor.api.workload import (
     FirstRun,
     first_run,
+    texts_to_fit,
 )
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
@@ -552,10 +553,14 @@ def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, plac
         first = first_run(subject.streamed, eligible, data.calibration, device=run.device)
     size = model_size(subject.checkpoint, eligible, () if first is None else first.blocks)
     size = size.kept_by(requested_budget(asked), asked.plan)
+    quantized = requested_quantized_forms(asked, subject, calibrated=data.calibration is not None)
     examples = None
     if first is not None and data.calibration is not None:
         settings = calibration_settings(asked, data.calibration)
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
+        if any(quantized.values()):
+            texts = texts_to_fit(subject.streamed, eligible, data.calibration, device=run.device, settings=settings)
+            examples = replace(examples, together=texts > 0)
         if settings.refine and (search := search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
         examples = replace(examples, sizes=SizesInWorkers.of(sizes_at_once(asked, subject, data, run=run), run))
@@ -567,7 +572,6 @@ def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, plac
     needs = needs_of(size, examples, places, held=held)
     require_available(replace(needs, output=replace(needs.output, needed=0)) if asked.dry_run else needs)
     if eligible and (asked.dry_run or takes_steps(run.progress)):
-        quantized = requested_quantized_forms(asked, subject, calibrated=data.calibration is not None)
         work = timed_work(asked, subject, data, quantized=quantized, first=first, run=run)
         expect(run.progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
         needs = in_time(needs, work.steps(given=asked.plan is not None, writes=True))

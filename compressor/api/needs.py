@@ -192,7 +192,8 @@ class SizesInWorkers:
 class CalibrationSize:
     """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model.
 
-    The factors of so many `candidates` wait on disk at a time.
+    The factors of so many `candidates` wait on disk at a time. All layers, where some are quantized, may be fitted
+    `together`.
     """
 
     fit: int
@@ -203,6 +204,7 @@ class CalibrationSize:
     candidates: int = 1
     slices: SlicesInWorkers | None = None
     sizes: SizesInWorkers = SizesInWorkers()
+    together: bool = False
 
     @classmethod
     def of(cls, data: CalibrationData, footprint: Footprint, settings: CalibrationSettings) -> CalibrationSize:
@@ -311,7 +313,8 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
       gradients;
     - the model's outputs of a few positions in float32, with their logarithms, probabilities and gradients, or those of
       one example, on which the head is found;
-    - of the factors of a block, which refinement fits, copies, gradients and Adam's moments in float32.
+    - of the factors of a block, which refinement fits, copies, gradients and Adam's moments in float32; where all
+      blocks are fitted together, of how each of their weights is rounded, beside the states before each block.
     """
     settings = calibration.settings
     parts = [sum(map(partial(_moments, settings=settings), part)) for part in model.parts]
@@ -319,8 +322,11 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     passing = 3 * calibration.at_once * calibration.footprint.block
     outputs = calibration.footprint.outputs
     outputs = 5 * max(outputs, min(calibration.at_once * outputs, 2 * settings.logit_bytes))
-    largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
-    optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
+    weights = [sum(layer.parameters for layer in part) for part in model.parts]
+    optimizing = round(6 * FLOAT32 * model.kept * max(weights, default=0)) if settings.refine else 0
+    if calibration.together:
+        states = len(model.parts) * calibration.at_once * calibration.footprint.state
+        optimizing = 6 * FLOAT32 * sum(weights) + states
     return max(moments, optimizing) + max(passing, outputs)
 
 

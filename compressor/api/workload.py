@@ -562,7 +562,6 @@ def work_on_calibration(
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
     products = sum(_of_sides(layer, 2) / 2 for layer in layers) / sum(map(_elements, layers))
     in_metric = sum(_of_sides(layer, 3) / 2 for layer in layers) / sum(map(_multiplications, layers))
-    together = sum(layer.parameters for layer in layers) <= settings.end_to_end.most_weights
     return CalibrationWork(
         fit=data.examples,
         holdout=data.holdout_examples,
@@ -574,9 +573,22 @@ def work_on_calibration(
         in_metric=in_metric,
         settings=settings,
         workers=workers,
-        written=most_texts(model, data, device=device, settings=settings) if settings.refine and together else 0,
+        written=texts_to_fit(model, layers, data, device=device, settings=settings),
         tokens=data.tokens // max(1, data.examples),
     )
+
+
+def texts_to_fit(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: CalibrationData,
+    *,
+    device: torch.device,
+    settings: CalibrationSettings,
+) -> int:
+    """How many texts a model writes, so that quantized layers are fitted together; 0 where that is not done."""
+    together = sum(layer.parameters for layer in layers) <= settings.end_to_end.most_weights
+    return most_texts(model, data, device=device, settings=settings) if settings.refine and together else 0
 
 
 def _optimizer_seconds(sizes: Sequence[int], device: torch.device, settings: RefinementSettings) -> float:

@@ -24,6 +24,7 @@ from compressor.api.needs import (
     Places,
     SizesInWorkers,
     SlicesInWorkers,
+    calibration_bytes,
     evaluation_bytes,
     memory_bytes,
     output_bytes,
@@ -128,6 +129,13 @@ def test_disk_is_linear_in_blocks_and_examples_and_memory_beyond_the_model_does_
 def test_the_factors_of_every_candidate_that_waits_are_on_disk() -> None:
     one, three = (temporary_bytes(sized(4), replace(calibrated(64), candidates=count)) for count in (1, 3))
     assert three - one == 2 * sized(4).factors > 0
+
+
+def test_blocks_that_are_fitted_together_take_memory_for_each_of_their_weights_and_the_states_before_them() -> None:
+    together = replace(calibrated(64, CalibrationSettings.of("best")), together=True)
+    two, four, eight = (calibration_bytes(sized(blocks), together) for blocks in (2, 4, 8))
+    assert four - two == 2 * (24 * 32 * 64 + 16 * 4096)
+    assert eight - four == 2 * (four - two)
 
 
 def test_slices_that_workers_take_need_sums_on_disk_and_a_model_and_moments_each_in_memory() -> None:
