@@ -440,6 +440,8 @@ def _cpu_seconds() -> float:
 def curves(document: Mapping[str, Any]) -> str:
     """Loss increase by size, a table a model: mean (least to most of the draws), in bold where it is lossless.
 
+    `error` is that of ours.
+
     `best other` is the least mean loss of any method that is not ours, at no more bytes.
     """
     blocks = []
@@ -454,12 +456,28 @@ def curves(document: Mapping[str, Any]) -> str:
             at = {method: _at(points, method, share) for method in shown}
             rival = best_other(points, share)
             named = "" if rival is None else f"{rival.cell} {rival.method}"
-            error = next((f"{point.error:.4f}" for point in at.values() if point is not None), "")
+            own = at.get("ours")
+            error = "" if own is None else f"{own.error:.4f}"
             refused = {row["method"] for row in rows if row["share"] == share and "refused" in row}
             found = [("-" if each in refused else "") if at[each] is None else at[each].cell for each in at]
             lines.append(line([f"{share:.1%}".replace(".0%", "%"), *found, named, error]))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def losses_to_others(document: Mapping[str, Any]) -> str:
+    """Where another method loses less than ours at no more bytes, by more than the draws of either are apart."""
+    lines = [line(["model", "bytes", "ours", "other", "errors", "divergences"]), "|---" * 6 + "|"]
+    for model, rows in by_model(document):
+        points = points_of(rows)
+        for share in sorted({row["share"] for row in rows if row["share"]}, reverse=True):
+            ours, rival = _at(points, "ours", share), best_other(points, share)
+            if ours is None or rival is None or ours.mean - rival.mean <= max(ours.spread, rival.spread):
+                continue
+            cells = [f"{share:.1%}".replace(".0%", "%"), ours.cell, f"{rival.cell} {rival.method}"]
+            errors = f"{ours.error:.4f}, {rival.error:.4f}"
+            lines.append(line([model, *cells, errors, f"{ours.divergence:.4f}, {rival.divergence:.4f}"]))
+    return "\n".join(lines)
 
 
 def points(document: Mapping[str, Any]) -> str:
@@ -509,17 +527,25 @@ def beside_others(document: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a size: the mean share of the bytes, the losses of the draws, and their mean standard error."""
+    """A method at a size: the mean share of the bytes, the losses of the draws, and their mean standard error.
+
+    `divergence` is the mean Kullback-Leibler divergence from the dense model's predictions.
+    """
 
     method: str
     share: float | None
     stored: float
     losses: tuple[float, ...]
     error: float
+    divergence: float
 
     @property
     def mean(self) -> float:
         return statistics.mean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        return max(self.losses) - min(self.losses)
 
     @property
     def lossless(self) -> bool:
@@ -559,6 +585,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
             statistics.mean(row["stored"] for row in own),
             tuple(row["loss_increase"] for row in own),
             statistics.mean(row["error"] for row in own),
+            statistics.mean(row.get("divergence", math.nan) for row in own),
         )
         for (method, share), own in groups.items()
     ]

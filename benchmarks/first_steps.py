@@ -144,11 +144,12 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def demo(document: Mapping[str, Any]) -> str:
-    """The verdict of `make demo`, and some of what it compares before and after."""
+    """The verdict of `make demo`, some of what it compares before and after, and what int8 and int4 would lose."""
     sections = _sections(document["rows"][0])
     header, *rows = next(each for each in sections if each.split()[:3] == ["before", "after", "compared"]).splitlines()
-    shown = [row for row in rows if row.startswith(("weight files", "accuracy", "latency"))]
-    return "\n".join(["```text", sections[0], "", header, *shown, "```"])
+    shown = [row for row in rows if row.startswith(("weight files", "accuracy", "latency, batch 1"))]
+    beside = next(each for each in sections if each.startswith("beside"))
+    return "\n".join(["```text", sections[0], "", header, *shown, "", beside, "```"])
 
 
 def _sections(row: Mapping[str, Any]) -> list[str]:

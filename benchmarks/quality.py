@@ -445,13 +445,13 @@ def measured(model: nn.Module, data: EvaluationData, dense: nn.Module | None = N
     accuracy = quality.value if quality.metric == "accuracy" else None
     if dense is None:
         return Measurement(quality.loss, accuracy)
-    error, diverging = change_from(dense, model, data)
+    error, diverging = error_and_divergence(dense, model, data)
     return Measurement(quality.loss, accuracy, diverging, error)
 
 
 @torch.inference_mode()
-def change_from(dense: nn.Module, model: nn.Module, data: EvaluationData) -> tuple[float, float]:
-    """What a model makes of the dense one's predictions.
+def error_and_divergence(dense: nn.Module, model: nn.Module, data: EvaluationData) -> tuple[float, float]:
+    """How a model differs from the dense one.
 
     Returns:
         The standard error of the mean change in loss over the examples, and the Kullback-Leibler divergence per

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import ROOT, change_from
+from quality import ROOT, error_and_divergence
 from reference_models import MODELS, SAMPLES
 from torch import nn
 
@@ -197,7 +197,7 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
             "baseline": before.value,
             "compressed": after.value,
             "loss_increase": after.loss - before.loss,
-            "divergence": change_from(model, report.model, test)[1],
+            "divergence": error_and_divergence(model, report.model, test)[1],
         }
 
     images, labels = digits("train")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEADING = "## What is read, and what is written"
+HEADING = "## What is read, what is written, and where it runs"
 
 
 def rows() -> list[list[str]]:

@@ -560,7 +560,7 @@ def _announced(asked: CompressOptions, subject: Model, data: OpenedData, *, plac
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
         if any(quantized.values()):
             texts = texts_to_fit(subject.streamed, eligible, data.calibration, device=run.device, settings=settings)
-            examples = replace(examples, together=texts > 0)
+            examples = replace(examples, texts=texts)
         if settings.refine and (search := search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
         examples = replace(examples, sizes=SizesInWorkers.of(sizes_at_once(asked, subject, data, run=run), run))

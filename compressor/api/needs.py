@@ -192,8 +192,8 @@ class SizesInWorkers:
 class CalibrationSize:
     """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model.
 
-    The factors of so many `candidates` wait on disk at a time. All layers, where some are quantized, may be fitted
-    `together`.
+    The factors of so many `candidates` wait on disk at a time. A language model writes so many `texts` that its
+    quantized layers are fitted to, all together.
     """
 
     fit: int
@@ -204,7 +204,7 @@ class CalibrationSize:
     candidates: int = 1
     slices: SlicesInWorkers | None = None
     sizes: SizesInWorkers = SizesInWorkers()
-    together: bool = False
+    texts: int = 0
 
     @classmethod
     def of(cls, data: CalibrationData, footprint: Footprint, settings: CalibrationSettings) -> CalibrationSize:
@@ -235,7 +235,8 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     - its decomposition, `n x n` for the smaller side n in float32;
     - the second moment of the gradients before every block, as wide as its narrowest layer: a triangle in float32;
     - of every slice of the examples that a worker takes, the sums of all moments: triangles in float64;
-    - the factors: truncated, of every candidate that waits, compensated, and refined.
+    - the factors: truncated, of every candidate that waits, compensated, and refined;
+    - the states before the head of the texts that all layers are fitted to together, and of the fit examples.
 
     Recalibration has one of its own beside it, of the fit examples.
     """
@@ -256,7 +257,18 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     kinds = calibration.candidates + calibration.settings.compensate + calibration.settings.refine
     # A worker has the factors of each segment for one that goes on with its size, all of them, and those it hands over.
     in_workers = calibration.sizes.at_once * (compressed + rounds * again + 3 * model.factors)
-    return dense + compressed + gradients + of_layers + sums + rounds * again + kinds * model.factors + in_workers
+    together = (calibration.fit + calibration.texts) * state if calibration.texts else 0
+    return (
+        dense
+        + compressed
+        + gradients
+        + of_layers
+        + sums
+        + rounds * again
+        + kinds * model.factors
+        + in_workers
+        + together
+    )
 
 
 @dataclass(frozen=True)
@@ -306,7 +318,7 @@ def _working_bytes(layer: Layer, *, multiplied: bool) -> int:
 
 
 def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
-    """Of one block and one batch:
+    """Most bytes of memory that calibration takes at a time, of one block and one batch unless said otherwise:
 
     - the moments of the block's layers in float64, and those of a batch;
     - what a backward pass keeps: the outputs of the block's modules, as much again of what are no modules, and the
@@ -324,7 +336,7 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     outputs = 5 * max(outputs, min(calibration.at_once * outputs, 2 * settings.logit_bytes))
     weights = [sum(layer.parameters for layer in part) for part in model.parts]
     optimizing = round(6 * FLOAT32 * model.kept * max(weights, default=0)) if settings.refine else 0
-    if calibration.together:
+    if calibration.texts:
         states = len(model.parts) * calibration.at_once * calibration.footprint.state
         optimizing = 6 * FLOAT32 * sum(weights) + states
     return max(moments, optimizing) + max(passing, outputs)

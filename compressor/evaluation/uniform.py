@@ -77,18 +77,22 @@ class Losses:
 
     def by_measure(self, uniform: UniformQuantization) -> Iterator[tuple[Loss | None, Loss]]:
         """This model's loss and that of a uniform quantization by each measure that the latter has, the best first."""
+        yield from ((own, other) for own, other in self._measures(uniform) if other is not None)
+
+    def beside(self, uniform: UniformQuantization) -> tuple[Loss, Loss] | None:
+        """Both losses by the best measure of this model; None where the uniform quantization was not measured so."""
+        own, other = next((each for each in self._measures(uniform) if each[0] is not None), (None, None))
+        return None if own is None or other is None else (own, other)
+
+    def _measures(self, uniform: UniformQuantization) -> Iterator[tuple[Loss | None, Loss | None]]:
+        """By each measure, the best first."""
         on_data = None if uniform.loss is None or self.dense_loss is None else uniform.loss - self.dense_loss
         for own, other, unit, on in (
             (self.on_data, on_data, "nats per prediction", self.data),
             (self.on_holdout, uniform.holdout_loss, self.unit, "the holdout"),
             (self.error, uniform.error, "relative error", ""),
         ):
-            if other is not None:
-                yield None if own is None else Loss(own, unit, on), Loss(other, unit, on)
-
-    def beside(self, uniform: UniformQuantization) -> list[tuple[Loss, Loss]]:
-        """Both losses by each measure that both have, the best first."""
-        return [(own, other) for own, other in self.by_measure(uniform) if own is not None]
+            yield None if own is None else Loss(own, unit, on), None if other is None else Loss(other, unit, on)
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,11 @@ class BetterUniform:
 def better_uniform(uniform: Iterable[UniformQuantization], losses: Losses, *, size: int) -> BetterUniform | None:
     """The smallest uniform quantization that is smaller than a model of `size` bytes and loses no more; else None.
 
-    It loses no more by each measure that both have, since on few data one of two may lose less by chance. The losses by
-    the best measure are named.
+    Where there are data they decide: on the holdout, by which the model was chosen, it looks better than it is.
     """
     found = []
     for each in uniform:
-        both = losses.beside(each)
-        if each.bytes < size and both and all(other.value <= own.value for own, other in both):
-            own, other = both[0]
-            found.append(BetterUniform(each, loss=other, of_model=own))
+        compared = losses.beside(each) if each.bytes < size else None
+        if compared is not None and compared[1].value <= compared[0].value:
+            found.append(BetterUniform(each, loss=compared[1], of_model=compared[0]))
     return min(found, key=lambda one: (one.uniform.bytes, one.loss.value), default=None)

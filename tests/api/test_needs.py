@@ -132,10 +132,13 @@ def test_the_factors_of_every_candidate_that_waits_are_on_disk() -> None:
 
 
 def test_blocks_that_are_fitted_together_take_memory_for_each_of_their_weights_and_the_states_before_them() -> None:
-    together = replace(calibrated(64, CalibrationSettings.of("best")), together=True)
+    alone = calibrated(64, CalibrationSettings.of("best"))
+    together = replace(alone, texts=480)
     two, four, eight = (calibration_bytes(sized(blocks), together) for blocks in (2, 4, 8))
     assert four - two == 2 * (24 * 32 * 64 + 16 * 4096)
     assert eight - four == 2 * (four - two)
+    on_disk = temporary_bytes(sized(4), together) - temporary_bytes(sized(4), alone)
+    assert on_disk == (alone.fit + 480) * alone.footprint.state
 
 
 def test_slices_that_workers_take_need_sums_on_disk_and_a_model_and_moments_each_in_memory() -> None:

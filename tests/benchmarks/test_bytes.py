@@ -118,6 +118,25 @@ def test_cells_are_kept_in_order_and_fill_the_tables(benchmark: ModuleType, tmp_
     assert benchmark.points(document).splitlines()[2] == "| GPTQ 4g128 | 26.0%: 0.0202 |"
 
 
+def test_where_another_method_loses_less_by_more_than_the_draws_are_apart_it_is_listed(benchmark: ModuleType) -> None:
+    def row(method: str, loss: float, draw: int, *, share: float | None = None) -> dict[str, object]:
+        known = {"model": "m", "method": method, "share": share, "draw": draw, "stored": share or 0.2}
+        return known | {"loss_increase": loss, "error": 0.001, "divergence": 0.002}
+
+    def listed(*losses: float) -> list[str]:
+        others = [row("GPTQ 4g128", loss, draw) for draw, loss in enumerate(losses)]
+        ours = [row("ours", 0.02 + 0.01 * draw, draw, share=0.25) for draw in (0, 1)]
+        found: str = benchmark.losses_to_others({"rows": [*ours, *others]})
+        return found.splitlines()[2:]
+
+    assert listed(0.016) == []  # the draws of ours are .01 apart
+    assert listed(0.001, 0.02) == []  # those of the other are .019 apart
+    assert listed(0.001, 0.002) == [
+        "| m | 25% | 0.0250 (0.0200 to 0.0300) | 0.0015 (0.0010 to 0.0020) GPTQ 4g128"
+        " | 0.0010, 0.0010 | 0.0020, 0.0020 |"
+    ]
+
+
 def test_what_a_peer_wrote_is_counted_from_its_files(measuring: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     save_file({"a.weight": torch.zeros(3, 4, dtype=torch.float16)}, tmp_path / "one.safetensors", {"format": "pt"})

@@ -51,7 +51,7 @@ def test_the_sample_is_the_verdict_and_what_is_compared() -> None:
         "parameters         9      4    44.4 %",
         "accuracy           1      1    +0",
     ]
-    said = ["75 % smaller", "", "model  one", "", *compared, "", "took  1 s"]
+    said = ["75 % smaller", "", "model  one", "", *compared, "", "beside  int8", "", "took  1 s"]
     assert steps.demo({"rows": [{"said": said}]}).splitlines() == [
-        "```text", "75 % smaller", "", compared[0], compared[2], "```"
+        "```text", "75 % smaller", "", compared[0], compared[2], "", "beside  int8", "```"
     ]  # fmt: skip

@@ -149,8 +149,8 @@ def test_the_error_of_a_change_in_loss_is_over_the_examples(quality: ModuleType,
     data = EvaluationData("", "language-modeling" if text else "image-classification", 9, 2, read)
     changes = [after - before for before, after in zip(losses(dense), losses(other), strict=True)]
     expected = statistics.stdev(changes) / 3
-    assert quality.change_from(dense, other, data)[0] == pytest.approx(expected)
-    assert quality.change_from(dense, dense, data) == (0, 0)
+    assert quality.error_and_divergence(dense, other, data)[0] == pytest.approx(expected)
+    assert quality.error_and_divergence(dense, dense, data) == (0, 0)
 
 
 def test_a_cell_measured_again_replaces_itself_and_leaves_the_others(

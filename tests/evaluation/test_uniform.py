@@ -1,4 +1,4 @@
-"""Uniform quantizations beside a compressed model: which is better, by each measure that both have."""
+"""Uniform quantizations beside a compressed model: which is better, by the best measure of the model."""
 
 from __future__ import annotations
 
@@ -48,10 +48,14 @@ def test_data_that_did_not_decide_are_compared_first() -> None:
     }
 
 
-def test_it_loses_no_more_on_the_holdout_and_on_the_data() -> None:
-    by_chance = replace(HOLDOUT, on_holdout=0.0001, on_data=0.02, data="test", dense_loss=2.0)
-    assert better_uniform([INT8], by_chance, size=1200) is None
-    assert better_uniform([INT8], replace(by_chance, on_holdout=0.001), size=1200) is not None
+def test_what_was_not_measured_on_the_data_is_not_compared_on_the_holdout_instead() -> None:
+    rounded = replace(INT4, method="round to nearest", loss=None, value=None)
+    on_data = replace(HOLDOUT, on_data=0.03, data="test", dense_loss=2.0)
+    assert better_uniform([rounded], HOLDOUT, size=1200) is not None
+    assert better_uniform([rounded, INT4], on_data, size=1200) is None  # GPTQ loses .05 there
+    found = better_uniform([rounded, replace(INT4, loss=2.029)], on_data, size=1200)
+    assert found is not None
+    assert found.uniform.method == "GPTQ"
 
 
 def test_without_data_it_is_the_error() -> None:
