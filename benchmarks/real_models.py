@@ -15,8 +15,9 @@ Packages of the index ship them, and the data too; `benchmarks/real_subjects.py`
 `share` counts the layers' tensors in the file, floating-point numbers in two bytes; `file` is the size on disk. Loss is
 in nats a prediction, on test examples that are not those of the calibration; its error is the standard error of the
 mean change over the examples, or over the pictures that they are parts of. `agreement` is how often the most likely
-class is the dense model's. `latency` is the time of one example over that of the dense model, each run in turn on one
-thread, the median; before that it is checked that the layers that run have the shapes and bytes of the file.
+class is the dense model's. `latency` is the time of one example over that of the dense model in the same dtype, each
+run in turn on one thread, the median; before that it is checked that the layers that run have the shapes and bytes of
+the file.
 
 Cells are kept one by one in benchmarks/results/real_models.json, and those that are there are not measured again: an
 interrupted run goes on. `--again` measures what is asked for anew. Prints the table of the README.
@@ -25,6 +26,7 @@ interrupted run goes on. `--again` measures what is asked for anew. Prints the t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -226,9 +228,15 @@ def checked(compared: Compared, small: nn.Module, output: Path) -> int:
 
 
 def timed(compared: Compared, small: nn.Module) -> Found:
-    """The time of one example beside the dense model's."""
-    latency = measure_latency(small, compared.prepared.test[0][:1].inputs, baseline=compared.model, device="cpu")
-    return {"latency": latency.ratio, "dense_seconds": latency.baseline_seconds}
+    """The time of one example beside the dense model's, both in the dtype of the file."""
+    dtype = next(each.dtype for each in small.parameters() if each.is_floating_point())
+    dense = copy.deepcopy(compared.model).to(dtype)
+    latency = measure_latency(small, compared.prepared.test[0][:1].inputs, baseline=dense, device="cpu")
+    return {
+        "latency": latency.ratio,
+        "dense_seconds": latency.baseline_seconds,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def disk_bytes(output: Path) -> int:
@@ -407,7 +415,7 @@ def _costs(row: Mapping[str, Any]) -> list[str]:
         return ["", "", ""]
     # Of later sizes, for which measurements were kept, it is what they take besides.
     taken = f"{row['cpu_seconds'] / 60:.1f} min" + ("" if row["first"] else " more")
-    return [f"{row['latency']:.2f}x", taken, f"{row['peak_bytes'] / 1e9:.1f} GB"]
+    return [f"{row['latency']:.2f}x" if "latency" in row else "", taken, f"{row['peak_bytes'] / 1e9:.1f} GB"]
 
 
 def _megabytes(size: int) -> str:
