@@ -65,7 +65,7 @@ def draw(axes: Axes, name: str, points: Sequence[Point]) -> None:
     if errors:
         shares = [100 * point.stored for point in points if point.method == "ours"]
         axes.fill_between(shares, errors, SMALLEST / 2, color="0.9", zorder=0, label="within one standard error")
-    axes.set(title=name, xscale="log", yscale="log", xlabel=f"% of the 16-bit bytes of the layers ({SMALLER})")
+    axes.set(title=name, xscale="log", yscale="log", xlabel=f"% of the layers' 16-bit bytes ({SMALLER})")
     shares = sorted({*SHARES, min(point.share or 1 for point in points)})
     axes.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares], fontsize=7)
     axes.minorticks_off()
