@@ -39,9 +39,10 @@ def test_the_table_has_a_row_for_each_step_and_their_sum() -> None:
     ]
     lines = steps.table({"rows": rows}).splitlines()
     assert lines[2:] == [
-        "| step 1 | 0 | 10 s | done |",
-        "| step 2 | 0 | 20 s | done |",
-        "| all | | 30 s | |",
+        "| step 1 | 0 | 10 s | 20 s | done |",
+        "| step 2 | 0 | 20 s | 20 s | done |",
+        "| all | | 30 s | 40 s | |",
+        "| without the demo | | 30 s | 40 s | |",
     ]
 
 
