@@ -446,7 +446,7 @@ def curves(document: Mapping[str, Any]) -> str:
     """
     blocks = []
     for model, rows in by_model(document):
-        shares = sorted({row["share"] for row in rows if row["share"]}, reverse=True)
+        shares = _shares(rows)
         shown = [method for method in OURS if any(row["method"] == method for row in rows)]
         if not shown:
             continue
@@ -460,7 +460,7 @@ def curves(document: Mapping[str, Any]) -> str:
             error = "" if own is None else f"{own.error:.4f}"
             refused = {row["method"] for row in rows if row["share"] == share and "refused" in row}
             found = [("-" if each in refused else "") if at[each] is None else at[each].cell for each in at]
-            lines.append(line([f"{share:.1%}".replace(".0%", "%"), *found, named, error]))
+            lines.append(line([_percent(share), *found, named, error]))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -470,11 +470,11 @@ def losses_to_others(document: Mapping[str, Any]) -> str:
     lines = [line(["model", "bytes", "ours", "other", "errors", "divergences"]), "|---" * 6 + "|"]
     for model, rows in by_model(document):
         points = points_of(rows)
-        for share in sorted({row["share"] for row in rows if row["share"]}, reverse=True):
+        for share in _shares(rows):
             ours, rival = _at(points, "ours", share), best_other(points, share)
             if ours is None or rival is None or ours.mean - rival.mean <= max(ours.spread, rival.spread):
                 continue
-            cells = [f"{share:.1%}".replace(".0%", "%"), ours.cell, f"{rival.cell} {rival.method}"]
+            cells = [_percent(share), ours.cell, f"{rival.cell} {rival.method}"]
             errors = f"{ours.error:.4f}, {rival.error:.4f}"
             lines.append(line([model, *cells, errors, f"{ours.divergence:.4f}, {rival.divergence:.4f}"]))
     return "\n".join(lines)
@@ -557,6 +557,15 @@ class Point:
         if len(self.losses) > 1:
             text += f" ({_nats(min(self.losses))} to {_nats(max(self.losses))})"
         return f"**{text}**" if self.lossless else text
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The sizes that were asked for, the largest first."""
+    return sorted({row["share"] for row in rows if row["share"]}, reverse=True)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace(".0%", "%")
 
 
 def _nats(loss: float) -> str:

@@ -62,11 +62,7 @@ from compressor.api.requests import (
     widths_of,
 )
 from compressor.api.work_folder import expect_data, kept_calibration, kept_work, note_output
-from compressor.api.workload import (
-    FirstRun,
-    first_run,
-    texts_to_fit,
-)
+from compressor.api.workload import FirstRun, first_run, texts_to_fit
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
 from compressor.calibration.drop import DropGate

@@ -258,17 +258,8 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     # A worker has the factors of each segment for one that goes on with its size, all of them, and those it hands over.
     in_workers = calibration.sizes.at_once * (compressed + rounds * again + 3 * model.factors)
     together = (calibration.fit + calibration.texts) * state if calibration.texts else 0
-    return (
-        dense
-        + compressed
-        + gradients
-        + of_layers
-        + sums
-        + rounds * again
-        + kinds * model.factors
-        + in_workers
-        + together
-    )
+    states = dense + compressed + gradients + together
+    return states + of_layers + sums + rounds * again + kinds * model.factors + in_workers
 
 
 @dataclass(frozen=True)
